@@ -1,0 +1,111 @@
+"""A loader whose sample and augmentation at any step depend only on the seed and the step.
+
+So a resumed run continues bit for bit, and two processes see what one would see with twice the batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms as T
+
+
+def train_transform(img_size: int, mean, std, scale: tuple[float, float] = (0.5, 1.0), flip: bool = True) -> Callable:
+    """Random resized crop and flip, to normalised (3, S, S)."""
+    steps = [T.RandomResizedCrop(img_size, scale=scale, ratio=(0.9, 1.1), interpolation=T.InterpolationMode.BICUBIC)]
+    if flip:
+        steps.append(T.RandomHorizontalFlip())
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(mean, std)])
+
+
+def eval_transform(img_size: int, mean, std) -> Callable:
+    """Shorter side to S, centre crop, to normalised (3, S, S)."""
+    resize = T.Resize(img_size, interpolation=T.InterpolationMode.BICUBIC)
+    return T.Compose([resize, T.CenterCrop(img_size), T.ToTensor(), T.Normalize(mean, std)])
+
+
+class _Transformed(Dataset):
+    """Reads (position, index): the position seeds the augmentation, the index names the sample."""
+
+    def __init__(self, dataset: Dataset, transform: Callable, seed: int):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        position, index = key
+        state, python_state = torch.get_rng_state(), random.getstate()
+        torch.manual_seed((self.seed * 1_000_003 + position) % 2**63)
+        random.seed(self.seed * 1_000_003 + position)
+        image, label = self.dataset[index]
+        image = self.transform(image)
+        torch.set_rng_state(state)
+        random.setstate(python_state)
+        return image, label
+
+
+class _Steps(Sampler):
+    """Batches of (position, index) from `start_step` on; every epoch is its own permutation; the last part of a batch is
+    filled from the next epoch."""
+
+    def __init__(self, length: int, batch: int, steps: range, seed: int, rank: int, world: int):
+        self.length, self.batch, self.steps, self.seed, self.rank, self.world = length, batch, steps, seed, rank, world
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        permutations: dict[int, Tensor] = {}
+        for step in self.steps:
+            first = (step * self.world + self.rank) * self.batch
+            keys = []
+            for position in range(first, first + self.batch):
+                epoch, offset = divmod(position, self.length)
+                if epoch not in permutations:
+                    generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
+                    permutations = {epoch: torch.randperm(self.length, generator=generator)} | (
+                        {epoch - 1: permutations[epoch - 1]} if epoch - 1 in permutations else {}
+                    )
+                keys.append((position, int(permutations[epoch][offset])))
+            yield keys
+
+
+class StepLoader:
+    """Iterates over (images, labels) for the micro-steps [start, stop).
+
+    Args:
+        dataset: Map-style (PIL image, label).
+        transform: PIL image -> tensor.
+        batch: Images per process and micro-step.
+        steps: The micro-steps to serve.
+        seed: Seed of order and augmentation.
+        rank, world: This process and the number of processes: they take contiguous parts of the global batch.
+        workers: DataLoader workers.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable,
+        batch: int,
+        steps: range,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ):
+        self.loader = DataLoader(
+            _Transformed(dataset, transform, seed),
+            batch_sampler=_Steps(len(dataset), batch, steps, seed, rank, world),
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=False,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)

@@ -1,0 +1,326 @@
+"""CoMAE, the Collapse Masked Autoencoder: for every patch, how much every other patch is needed to reconstruct it.
+
+Source: Guo et al., "The Collapse of Patches", arXiv 2511.22281. For each target patch n the encoder sees all other
+patches and yields weights w_n in [0, 1]; the other patches are noised by as much as their weight is small; the decoder
+reconstructs patch n from them. The weights of all targets are the rows of the dependency graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..order import CollapseError, check_images
+from .registry import build, pixel_cfg
+from .tokenizer import PixelTokenizer, VaeTokenizer
+from .transformer import Transformer, gather_tokens, init_weights
+
+RECIPES = {
+    "stable": {"head": "offset", "skip": 2, "budget": 0.2, "random_share": 0.5, "decoder_first": 0.3, "sigma": 0.35},
+    "paper": {"head": "linear", "skip": 0, "budget": 0.0, "random_share": 0.0, "decoder_first": 0.0, "sigma": 0.5},
+}
+
+
+class CoMAE(nn.Module):
+    """Encoder of weights, noise injection, decoder of the target patch.
+
+    `recipe="paper"` is the published method. "stable" departs from it where it is ill-posed at small scale (with a strong
+    decoder and no price on weights w drifts to 1, with a weak one the mask does not polarise; the measured ablation is in
+    docs/results.md); each of its choices can be overridden alone.
+
+    Args:
+        img_size: Image side in pixels.
+        patch_size: Patch side in pixels (without a VAE).
+        dim, depth: Encoder width and blocks.
+        decoder_dim, decoder_depth: Decoder width and blocks.
+        head_dim: Width of an attention head.
+        vae: Hub id or folder of a diffusers AutoencoderKL: tokens are its latents. None for pixel patches.
+        vae_scale: Factor on the latents; None for the VAE's own.
+        recipe: "stable" or "paper"; sets the following arguments where they are None.
+        head: "linear": logits of all patches from the class token (paper). "offset": a table over relative offsets plus
+            the match of class token and patch token, which learns from every position at once.
+        skip: Radius of a linear map from the gated neighbourhood to the reconstruction; 0 for none (paper).
+        budget: Factor on the mean weight in the loss; 0 in the paper.
+        random_share: Share of decoder steps on random masks; else encoder and decoder co-adapt. 0 in the paper.
+        decoder_first: Share of the training in which only the decoder learns, on random masks. 0 in the paper.
+        sigma: Width of the noise gate a = exp(-(1 - w)^2 / (2 sigma^2)); the paper does not state it. At .5 a patch of
+            weight 0 still leaks a = .135, at .35 a = .017.
+        contrastive: Factor on the contrastive loss between the masks of one image (paper: .01).
+        min_temperature: Floor of the learned temperature of that loss, which else shrinks to satisfy it alone.
+        in_chans: Image channels.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 64,
+        patch_size: int = 8,
+        dim: int = 64,
+        depth: int = 3,
+        decoder_dim: int = 96,
+        decoder_depth: int = 2,
+        head_dim: int = 32,
+        vae: str | None = None,
+        vae_scale: float | None = None,
+        recipe: str = "stable",
+        head: str | None = None,
+        skip: int | None = None,
+        budget: float | None = None,
+        random_share: float | None = None,
+        decoder_first: float | None = None,
+        sigma: float | None = None,
+        contrastive: float = 0.01,
+        min_temperature: float = 0.07,
+        in_chans: int = 3,
+    ):
+        super().__init__()
+        if recipe not in RECIPES:
+            raise CollapseError(f"recipe: must be one of {', '.join(RECIPES)}, got {recipe!r}")
+        given = {"head": head, "skip": skip, "budget": budget, "random_share": random_share,
+                 "decoder_first": decoder_first, "sigma": sigma}  # fmt: skip
+        chosen = {key: RECIPES[recipe][key] if value is None else value for key, value in given.items()}
+        if chosen["head"] not in ("linear", "offset"):
+            raise CollapseError(f"head: must be 'linear' or 'offset', got {head!r}")
+        if chosen["sigma"] <= 0:
+            raise CollapseError(f"sigma: must be positive, got {sigma}")
+        self.recipe, self.contrastive, self.min_temperature = recipe, contrastive, min_temperature
+        self.head_kind, self.skip, self.sigma = chosen["head"], chosen["skip"], chosen["sigma"]
+        self.budget, self.random_share, self.decoder_first = (
+            chosen["budget"], chosen["random_share"], chosen["decoder_first"]
+        )  # fmt: skip
+        self.tokenizer = VaeTokenizer(vae, vae_scale) if vae else PixelTokenizer(patch_size, in_chans)
+        self.img_size = img_size
+        self.grid = self.tokenizer.grid((img_size, img_size))
+        h, w = self.grid
+        self.num_patches = n = h * w
+        token_dim = self.tokenizer.dim
+
+        self.encoder = nn.ModuleDict(
+            {
+                "embed": nn.Linear(token_dim, dim),
+                "query": nn.Embedding(n, dim),  # q_n, also what the class token starts from
+                "blocks": Transformer(dim, depth, head_dim, num_prefix_tokens=1),
+                "head": nn.Linear(dim, n if self.head_kind == "linear" else dim),
+            }
+        )
+        if self.head_kind == "offset":
+            self.encoder["offsets"] = nn.Embedding((2 * h - 1) * (2 * w - 1), 1)
+        self.decoder = nn.ModuleDict(
+            {
+                "embed": nn.Linear(token_dim, decoder_dim),
+                "query": nn.Embedding(n, decoder_dim),
+                "blocks": Transformer(decoder_dim, decoder_depth, head_dim, num_prefix_tokens=1),
+                "mlp": nn.ModuleList(
+                    nn.Sequential(nn.LayerNorm(decoder_dim), nn.Linear(decoder_dim, decoder_dim), nn.GELU())
+                    for _ in range(4)
+                ),
+                "head": nn.Linear(decoder_dim, token_dim),
+            }
+        )
+        if self.skip:
+            self.decoder["skip"] = nn.Linear(((2 * self.skip + 1) ** 2 - 1) * token_dim, token_dim)
+        self.log_temperature = nn.Parameter(torch.zeros(()))
+        init_weights(self)
+        nn.init.normal_(self.encoder["query"].weight, std=0.02)
+        nn.init.normal_(self.decoder["query"].weight, std=0.02)
+        if self.head_kind == "offset":
+            nn.init.zeros_(self.encoder["offsets"].weight)
+            nn.init.zeros_(self.encoder["head"].weight)
+
+    # -- the two halves ------------------------------------------------------------------------------------------------
+
+    def weights(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Weights of all other patches for each target.
+
+        Args:
+            tokens: (B, N, D).
+            targets: (B, M) long.
+
+        Returns:
+            (B, M, N - 1) in [0, 1]: the others in ascending position (`others`).
+        """
+        b, m = targets.shape
+        index = self.others(targets).flatten(0, 1)
+        x = self.encoder["embed"](tokens).repeat_interleave(m, 0)
+        x = torch.cat([self.encoder["query"](targets).flatten(0, 1).unsqueeze(1).to(x.dtype), gather_tokens(x, index)], 1)
+        x = self.encoder["blocks"](x, self.grid, index)
+        if self.head_kind == "linear":
+            logits = self.encoder["head"](x[:, 0]).gather(1, index)
+        else:
+            # The head starts at 0: the image term starts silent, yet has a gradient
+            match = torch.einsum("bd,bnd->bn", self.encoder["head"](x[:, 0]), x[:, 1:]) * x.shape[-1] ** -0.5
+            logits = match + self.encoder["offsets"](self._offset_index(targets, index)).squeeze(-1)
+        return (0.5 + 0.5 * torch.tanh(logits.float())).view(b, m, -1)
+
+    def decode(self, tokens: Tensor, targets: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
+        """Reconstruct the targets from the others, noised as their weights say.
+
+        Args:
+            tokens: (B, N, D).
+            targets: (B, M).
+            weights: (B, M, N - 1) in [0, 1].
+            noise: (B, M, N - 1, D) normal.
+
+        Returns:
+            (B, M, D).
+        """
+        b, m = targets.shape
+        index = self.others(targets).flatten(0, 1)
+        seen = gather_tokens(tokens.repeat_interleave(m, 0), index)
+        gate = torch.exp(-((1 - weights.flatten(0, 1)) ** 2) / (2 * self.sigma**2)).unsqueeze(-1)
+        seen = gate * seen + (1 - gate) * noise.flatten(0, 1)
+        x = self.decoder["embed"](seen)
+        x = torch.cat([self.decoder["query"](targets).flatten(0, 1).unsqueeze(1).to(x.dtype), x], 1)
+        y = self.decoder["blocks"](x, self.grid, index)[:, 0]
+        for layer in self.decoder["mlp"]:
+            y = y + layer(y)
+        y = self.decoder["head"](y).float()
+        if self.skip:
+            y = y + self.decoder["skip"](self._neighbourhood(gate * seen, targets)).float()
+        return y.view(b, m, -1)
+
+    def forward(
+        self, images: Tensor, targets: Tensor, noise: Tensor, train_encoder: bool = True, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Training loss L = L_r + contrastive L_c + budget mean(w).
+
+        Args:
+            images: (B, C, H, W), normalised as the tokenizer wants them.
+            targets: (B, M): the patches to reconstruct, distinct in each image.
+            noise: (B, M, N - 1, D) normal.
+            train_encoder: False: a decoder step, the encoder gets no gradient.
+            mask: (B, M, N - 1) in [0, 1]: weights to use instead of the encoder's (random masks for the decoder).
+
+        Returns:
+            loss; l1, mean over features; contrastive; weight, the mean; entropy, H_mask (a target's sum of -w log w).
+        """
+        tokens = self.tokenizer(images)
+        if mask is None:
+            with torch.set_grad_enabled(train_encoder and torch.is_grad_enabled()):
+                weights = self.weights(tokens, targets)
+        else:
+            weights = mask
+        target_tokens = gather_tokens(tokens, targets)
+        l1 = (self.decode(tokens, targets, weights, noise) - target_tokens).abs().mean()
+        contrastive = self.contrastive_loss(weights, targets)
+        entropy = -(weights * weights.clamp_min(1e-12).log()).sum(-1).mean()
+        loss = l1
+        if mask is None and train_encoder:
+            loss = l1 + self.contrastive * contrastive + self.budget * weights.mean()
+        found = {"l1": l1, "contrastive": contrastive, "weight": weights.mean(), "entropy": entropy}
+        return {"loss": loss, **{key: value.detach() for key, value in found.items()}}
+
+    def contrastive_loss(self, weights: Tensor, targets: Tensor) -> Tensor:
+        """L_c of the paper: InfoNCE between the masks of one image, (B, M, N - 1) and (B, M) -> scalar."""
+        full = weights.new_zeros(*targets.shape, self.num_patches).scatter(2, self.others(targets), weights)
+        full = F.normalize(full, dim=-1)
+        logits = full @ full.mT / self.log_temperature.exp().clamp_min(self.min_temperature)
+        return -logits.log_softmax(-1).diagonal(dim1=1, dim2=2).mean()
+
+    # -- the graph -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def dependency(self, images: Tensor, max_tokens: int = 2**18) -> Tensor:
+        """Dependency graph of each image, one encoder pass a patch.
+
+        Args:
+            images: (B, C, S, S), S = img_size, normalised.
+            max_tokens: Tokens in one encoder pass: bounds the memory.
+
+        Returns:
+            (B, N, N) float32: A[i, j] = influence of patch j on patch i, 0 on the diagonal.
+        """
+        check_images(images)
+        if tuple(images.shape[-2:]) != (self.img_size, self.img_size):
+            raise CollapseError(f"images: expected {self.img_size} x {self.img_size}, got {tuple(images.shape[-2:])}")
+        device = images.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            tokens = self.tokenizer(images)
+            n = self.num_patches
+            graph = torch.zeros(len(images), n, n, device=device)
+            chunk = max(1, max_tokens // (n * len(images)))
+            for start in range(0, n, chunk):
+                targets = torch.arange(start, min(start + chunk, n), device=device).expand(len(images), -1)
+                rows = self.weights(tokens, targets)
+                graph[:, start : start + chunk].scatter_(2, self.others(targets), rows)
+        return graph
+
+    def others(self, targets: Tensor) -> Tensor:
+        """(B, M) -> (B, M, N - 1): every position but the target, ascending."""
+        rest = torch.arange(self.num_patches - 1, device=targets.device)
+        return rest + (rest >= targets.unsqueeze(-1))
+
+    def _offset_index(self, targets: Tensor, index: Tensor) -> Tensor:
+        h, w = self.grid
+        target = targets.flatten().unsqueeze(1)
+        return (index // w - target // w + h - 1) * (2 * w - 1) + (index % w - target % w + w - 1)
+
+    def _neighbourhood(self, seen: Tensor, targets: Tensor) -> Tensor:
+        """Tokens around each target, (B M, offsets D), 0 beyond the border; seen is (B M, N - 1, D)."""
+        h, w = self.grid
+        target = targets.flatten().unsqueeze(1)
+        reach = torch.arange(-self.skip, self.skip + 1, device=targets.device)
+        dy, dx = (t.flatten() for t in torch.meshgrid(reach, reach, indexing="ij"))
+        keep = (dy != 0) | (dx != 0)
+        row, col = target // w + dy[keep], target % w + dx[keep]
+        inside = (row >= 0) & (row < h) & (col >= 0) & (col < w)
+        position = (row * w + col).clamp(0, self.num_patches - 1)
+        position = (position - (position > target).long()).clamp(0, self.num_patches - 2)  # the target is not in `seen`
+        return (gather_tokens(seen, position) * inside.unsqueeze(-1)).flatten(1)
+
+
+def alternate(model: CoMAE, images: Tensor, random, num_targets: int) -> tuple[dict, list[nn.Parameter]]:
+    """What a training step of a CoMAE does: even steps move the encoder, odd ones the decoder.
+
+    Args:
+        model: The CoMAE.
+        images: (B, C, H, W).
+        random: Source of `rand`, `randn`, `uniform`, and of `done` and `progress` (a `Run`).
+        num_targets: Targets an image.
+
+    Returns:
+        Arguments of `CoMAE.forward` beside the images, and the parameters that this step must not move.
+    """
+    b, n = len(images), model.num_patches
+    targets = random.rand(b, n).argsort(1)[:, :num_targets]
+    noise = random.randn(b, num_targets, n - 1, model.tokenizer.dim)
+    decoder_only = random.progress < model.decoder_first
+    train_encoder = not decoder_only and random.done % 2 == 0
+    mask = None
+    if not train_encoder and (decoder_only or random.uniform() < model.random_share):
+        shares = random.rand(b, num_targets, 1)
+        mask = (random.rand(b, num_targets, n - 1) < shares).float()
+    parts = [model.decoder] if train_encoder else [model.encoder]
+    frozen = [p for part in parts for p in part.parameters()]
+    return {"targets": targets, "noise": noise, "train_encoder": train_encoder, "mask": mask}, frozen
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "comae_tiny.untrained": pixel_cfg(),
+        "comae_base_kl16_256.untrained": pixel_cfg(img_size=256, mean=(0.5,) * 3, std=(0.5,) * 3),
+        "comae_base_kl16_256_wide_encoder.untrained": pixel_cfg(img_size=256, mean=(0.5,) * 3, std=(0.5,) * 3),
+    }
+)
+
+
+@register_model
+def comae_tiny(pretrained: bool = False, **kwargs) -> CoMAE:
+    """3 + 2 blocks on 8 px patches of 64 px images."""
+    return build(CoMAE, "comae_tiny", pretrained, {}, kwargs)
+
+
+_PAPER = {"img_size": 256, "depth": 12, "decoder_depth": 12, "vae": "xwen99/mar-vae-kl16", "vae_scale": 0.2325}
+
+
+@register_model
+def comae_base_kl16_256(pretrained: bool = False, **kwargs) -> CoMAE:
+    """The paper's size: KL-16 latents of 256 px, encoder width 64, decoder width 256."""
+    return build(CoMAE, "comae_base_kl16_256", pretrained, {**_PAPER, "dim": 64, "decoder_dim": 256}, kwargs)
+
+
+@register_model
+def comae_base_kl16_256_wide_encoder(pretrained: bool = False, **kwargs) -> CoMAE:
+    """The paper's other reading: encoder width 256, decoder width 64."""
+    return build(CoMAE, "comae_base_kl16_256_wide_encoder", pretrained, {**_PAPER, "dim": 256, "decoder_dim": 64}, kwargs)

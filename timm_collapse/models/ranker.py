@@ -1,0 +1,141 @@
+"""One-pass orderer: from an image to the order of its patches, in one cheap pass or a few cheap phases.
+
+A small transformer sees the image and which patches are already visible, and predicts a factor model of what is left
+unknown (`order/factors.py`); the order is greedy under that model, so redundancy counts. It learns by regression: for
+random and for its own visible sets, the error map that a frozen reconstructor leaves (`train/ranker.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..order import check_images, expected_errors, greedy_factor_order
+from .registry import build, pixel_cfg
+from .tokenizer import patchify, resize_images
+from .transformer import Transformer, border_distances, init_weights
+
+
+class Ranker(nn.Module):
+    """Predicts which patches explain the others.
+
+    Args:
+        img_size: Images are resized to this square side (pixels); the grid is img_size / patch_size a side.
+        patch_size: Patch side in pixels at that size.
+        dim, depth: Width and blocks of the transformer.
+        rank: Number r of latent factors.
+        phases: Shares of the patches, ascending from 0, at which the factors are predicted anew, given what is visible.
+        in_chans: Image channels.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 64,
+        patch_size: int = 8,
+        dim: int = 128,
+        depth: int = 4,
+        rank: int = 32,
+        phases: tuple[float, ...] = (0.0, 0.1),
+        in_chans: int = 3,
+    ):
+        super().__init__()
+        if not phases or phases[0] != 0 or list(phases) != sorted(set(phases)) or phases[-1] >= 1:
+            raise ValueError(f"phases must ascend from 0 and stay below 1, got {phases}")
+        self.img_size, self.patch_size, self.phases = img_size, patch_size, tuple(phases)
+        self.grid = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.embed = nn.Linear(in_chans * patch_size**2, dim)
+        self.border = nn.Linear(4, dim)
+        self.visible_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.trunk = Transformer(dim, depth)
+        self.loadings = nn.Linear(dim, rank)
+        self.log_noise = nn.Linear(dim, 1)
+        init_weights(self)
+        nn.init.constant_(self.log_noise.bias, -2.0)
+        nn.init.trunc_normal_(self.loadings.weight, std=0.1)
+
+    def factors(self, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Factor model of the error that is left.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            visible: (B, N) bool.
+
+        Returns:
+            loadings (B, N, r) and noise (B, N), for `expected_errors` and `greedy_factor_order`.
+        """
+        tokens = patchify(resize_images(images, (self.img_size, self.img_size)), self.patch_size)
+        x = self.embed(tokens) + self.border(border_distances(self.grid, tokens.device))
+        x = x + visible.unsqueeze(-1) * self.visible_token
+        x = self.trunk(x, self.grid)
+        return self.loadings(x).float(), F.softplus(self.log_noise(x).squeeze(-1).float()) + 1e-4
+
+    def forward(self, images: Tensor, visible: Tensor, revealed: Tensor, errors: Tensor) -> dict[str, Tensor]:
+        """Regression losses.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            visible: (B, N) bool: the set that the network is told of.
+            revealed: (B, C, N) bool: sets that contain it; revealed[:, 0] is the visible set itself.
+            errors: (B, C, N): the errors that the frozen reconstructor leaves after each set, 0 where revealed.
+
+        Returns:
+            loss, and its parts: `map`, squared error of the error maps, and `gain`, squared error of what each set
+            removes in all from the visible one (that is what the greedy choice compares).
+        """
+        predicted = expected_errors(*self.factors(images, visible), revealed)
+        hidden = ~revealed
+        error_map = ((predicted - errors).square() * hidden).sum() / hidden.sum().clamp_min(1)
+        gain = errors[:, :1].sum(-1) - errors[:, 1:].sum(-1)
+        predicted_gain = predicted[:, :1].sum(-1) - predicted[:, 1:].sum(-1)
+        # Sets that reveal more have larger gains; per revealed patch they weigh alike.
+        added = (revealed[:, 1:].sum(-1) - revealed[:, :1].sum(-1)).clamp_min(1)
+        gain_loss = ((predicted_gain - gain).square() / added).mean()
+        return {"loss": error_map + 0.1 * gain_loss, "map": error_map.detach(), "gain": gain_loss.detach()}
+
+    @torch.no_grad()
+    def rank(self, images: Tensor, upto: int | None = None, phases: tuple[float, ...] | None = None) -> Tensor:
+        """Scores (B, N) on the ranker's own grid, higher = earlier.
+
+        Args:
+            images: (B, C, H, W), normalised; any size.
+            upto: Only the first `upto` places are needed: later phases are saved, the rest follows by its last gain.
+            phases: Other phases than the model's own.
+        """
+        check_images(images)
+        n = self.num_patches
+        upto = n if upto is None else min(upto, n)
+        starts = [round(share * n) for share in (self.phases if phases is None else phases)]
+        stops = [*starts[1:], upto]
+        visible = torch.zeros(len(images), n, dtype=torch.bool, device=images.device)
+        scores = torch.zeros(len(images), n, device=images.device)
+        for start, stop in zip(starts, stops):
+            count = min(stop, upto) - start
+            if count <= 0:
+                break
+            picks, gains = greedy_factor_order(*self.factors(images, visible), visible, count)
+            visible = visible.scatter(1, picks, True)
+            places = torch.arange(start, start + count, device=images.device, dtype=scores.dtype)
+            scores.scatter_(1, picks, ((n - places) / n).expand(len(images), -1))
+        if upto < n:
+            rest = gains.argsort(1, descending=True, stable=True)[:, : n - upto]
+            places = torch.arange(upto, n, device=images.device, dtype=scores.dtype)
+            scores.scatter_(1, rest, ((n - places) / n).expand(len(images), -1))
+        return scores
+
+
+default_cfgs = generate_default_cfgs({"collapse_ranker_tiny.untrained": pixel_cfg()})
+
+
+@register_model
+def collapse_ranker_tiny(pretrained: bool = False, **kwargs) -> Ranker:
+    """4 blocks of width 128 on 8 px patches of 64 px images."""
+    return build(Ranker, "collapse_ranker_tiny", pretrained, {}, kwargs)
+
+
+@register_model
+def collapse_ranker_tiny_224(pretrained: bool = False, **kwargs) -> Ranker:
+    """The same on a 14 x 14 grid: images are resized to 112 px, so that a patch stands for 16 px of a 224 px image."""
+    return build(Ranker, "collapse_ranker_tiny_224", pretrained, {"img_size": 112}, kwargs)

@@ -1,0 +1,45 @@
+"""What every model of the package shares with timm's registry: pretrained configurations and building."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timm.models import build_model_with_cfg
+from torch import nn
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Bundled weights: one folder `<architecture>.<tag>` each, in the layout that timm's `local-dir:` reads."""
+
+TIN_MEAN, TIN_STD = (0.480, 0.448, 0.398), (0.277, 0.269, 0.282)
+
+
+def pixel_cfg(
+    tag_folder: str = "", img_size: int = 64, mean=TIN_MEAN, std=TIN_STD, in_chans: int = 3, **fields: Any
+) -> dict[str, Any]:
+    """A timm pretrained configuration; with a folder name its weights are the bundled ones."""
+    cfg = {
+        "input_size": (in_chans, img_size, img_size),
+        "mean": mean,
+        "std": std,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "num_classes": 0,
+        "license": "mit",
+        **fields,
+    }
+    if tag_folder:
+        cfg["file"] = str(WEIGHTS / tag_folder / "model.safetensors")
+    return cfg
+
+
+def build(cls: type[nn.Module], variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]):
+    """Build a registered model: the architecture's defaults, overridden by the caller's arguments."""
+    arguments = {**defaults, **kwargs}
+    model = build_model_with_cfg(
+        cls, variant, pretrained, kwargs_filter=("num_classes", "global_pool", "in_chans"), **arguments
+    )
+    model.num_classes = model.num_features = 0
+    # save_for_hf writes these into config.json, so that local-dir: and hf-hub: rebuild the same shape
+    model.model_args = {k: v for k, v in kwargs.items() if not k.startswith("pretrained") and k != "cache_dir"}
+    return model

@@ -1,0 +1,74 @@
+"""The one transformer of the package: timm's EvaBlock with axial RoPE, on whole grids or on a subset of each image's tokens."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import RotaryEmbeddingCat
+from timm.models.eva import EvaBlock
+from torch import Tensor, nn
+
+
+class Transformer(nn.Module):
+    """Pre-norm transformer blocks with axial rotary positions counted in patches.
+
+    Positions are relative, so one set of weights serves any grid.
+
+    Args:
+        dim: Token width.
+        depth: Number of blocks.
+        head_dim: Width of an attention head, a multiple of 4.
+        num_prefix_tokens: Leading tokens without a position (class or target tokens).
+        dropout: Dropout of the projections.
+    """
+
+    def __init__(self, dim: int, depth: int, head_dim: int = 32, num_prefix_tokens: int = 0, dropout: float = 0.0):
+        super().__init__()
+        if dim % head_dim:
+            raise ValueError(f"dim must be a multiple of head_dim, got dim={dim}, head_dim={head_dim}")
+        self.rope = RotaryEmbeddingCat(head_dim, temperature=100.0, in_pixels=False)
+        self.blocks = nn.ModuleList(
+            EvaBlock(dim, dim // head_dim, num_prefix_tokens=num_prefix_tokens, proj_drop=dropout) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def positions(self, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
+        """Rotary table of a grid, (N, 2 head_dim), or of the tokens `index` (B, k) of each image, (B, 1, k, 2 head_dim)."""
+        table = self.rope.get_embed(list(grid))
+        return table if index is None else table[index].unsqueeze(1)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
+        """(B, prefix + N or k, dim) -> the same shape."""
+        rope = self.positions(grid, index)
+        for block in self.blocks:
+            x = block(x, rope=rope)
+        return self.norm(x)
+
+
+def border_distances(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """(N, 4): closeness 1 / (1 + d) of each patch to the top, bottom, left and right border, d in patches."""
+    rows = torch.arange(grid[0], device=device).repeat_interleave(grid[1])
+    cols = torch.arange(grid[1], device=device).repeat(grid[0])
+    d = torch.stack([rows, grid[0] - 1 - rows, cols, grid[1] - 1 - cols], -1)
+    return 1.0 / (1.0 + d)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """(B, N, D), (B, k) -> (B, k, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def scatter_tokens(x: Tensor, index: Tensor, into: Tensor) -> Tensor:
+    """A copy of `into` (B, N, D) with x (B, k, D) at the places `index` (B, k)."""
+    return into.scatter(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]), x.to(into.dtype))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated-normal linear layers with zero bias, as in ViT and MAE."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+    for name, p in module.named_parameters():
+        if name.endswith("_token"):
+            nn.init.trunc_normal_(p, std=0.02)

@@ -1,0 +1,31 @@
+"""Orders of patches: tensors in, tensors out. Imports nothing else of the package."""
+
+from .baselines import BASELINES, baseline_scores
+from .errors import CollapseError, check_grid, check_images, resolve_keep
+from .factors import expected_errors, greedy_factor_order
+from .order import Order
+from .pagerank import pagerank
+from .ranking import RANKINGS, rank_graph
+from .spread import bayer_ranks, halton_ranks
+from .statistics import ImageDependence, image_dependence, kendall, spearman
+
+__all__ = [
+    "BASELINES",
+    "RANKINGS",
+    "CollapseError",
+    "ImageDependence",
+    "Order",
+    "baseline_scores",
+    "bayer_ranks",
+    "check_grid",
+    "check_images",
+    "expected_errors",
+    "greedy_factor_order",
+    "halton_ranks",
+    "image_dependence",
+    "kendall",
+    "pagerank",
+    "rank_graph",
+    "resolve_keep",
+    "spearman",
+]

@@ -1,0 +1,107 @@
+"""The one exception of the package, and the checks of the arguments that everything shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+
+class CollapseError(ValueError):
+    """A wrong argument: the message names it, says what was given and what is allowed."""
+
+
+def values_readable() -> bool:
+    """Whether checks may look at the values of tensors: not while a graph is compiled, exported or traced."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def describe(value: object) -> str:
+    """What was given, for an error message: dtype and shape of a tensor, type and value of anything else."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_images(images: Tensor) -> None:
+    """Checks a batch of normalised images.
+
+    Args:
+        images: (B, 3, H, W) floating point, all values finite, no side empty.
+
+    Raises:
+        CollapseError: For anything else; a NaN or infinite image is named by its index in the batch.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+        raise CollapseError(f"images must be a float tensor of shape (B, 3, H, W), got {describe(images)}")
+    if not images.is_floating_point():
+        raise CollapseError(
+            f"images must be floating point, got {describe(images)}: normalise them first, "
+            "(images.float() / 255 - mean) / std"
+        )
+    if images.numel() == 0:
+        raise CollapseError(f"images must not be empty, got {describe(images)}")
+    if values_readable():
+        finite = images.isfinite().flatten(1).all(dim=1)
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            raise CollapseError(f"images must be finite, got NaN or inf in the images at index {_listed(bad)}")
+
+
+def check_grid(grid: Sequence[int], num_patches: int | None = None) -> tuple[int, int]:
+    """Checks a grid of patches.
+
+    Args:
+        grid: Rows and columns of patches (h, w), both at least 1.
+        num_patches: The number of patches that h * w must equal, where it is known.
+
+    Returns:
+        The grid as a tuple of two ints.
+
+    Raises:
+        CollapseError: Where grid is not two positive ints or does not hold num_patches patches.
+    """
+    if (
+        not isinstance(grid, Sequence)
+        or isinstance(grid, str)
+        or len(grid) != 2
+        or not all(isinstance(side, Integral) and not isinstance(side, bool) and side >= 1 for side in grid)
+    ):
+        raise CollapseError(f"grid must be two positive ints (rows, columns), got {describe(grid)}")
+    height, width = int(grid[0]), int(grid[1])
+    if num_patches is not None and height * width != num_patches:
+        raise CollapseError(f"grid ({height}, {width}) has {height * width} patches, but there are {num_patches}")
+    return height, width
+
+
+def resolve_keep(keep: float | int, num_patches: int) -> int:
+    """The number of patches that a keep ratio or a count stands for.
+
+    The type decides: int 1 is one patch, float 1.0 is all of them.
+
+    Args:
+        keep: A float ratio in (0, 1], or an int count in [1, num_patches].
+        num_patches: The number of patches N of an image, at least 1.
+
+    Returns:
+        k in [1, N]; for a ratio max(1, round(ratio * N)) with Python's round, which takes halves to the even number.
+
+    Raises:
+        CollapseError: For a bool, another type, or a value out of range.
+    """
+    if isinstance(keep, Integral) and not isinstance(keep, bool) and 1 <= keep <= num_patches:
+        return int(keep)
+    if isinstance(keep, Real) and not isinstance(keep, Integral) and 0 < keep <= 1:
+        return max(1, round(float(keep) * num_patches))
+    raise CollapseError(
+        f"keep must be a float ratio in (0, 1] or an int count in [1, {num_patches}] "
+        f"(1 is one patch, 1.0 is all of them), got {describe(keep)}"
+    )
+
+
+def _listed(indices: list[int], shown: int = 8) -> str:
+    """The first few indices of a list that may be long."""
+    more = f" and {len(indices) - shown} more" if len(indices) > shown else ""
+    return ", ".join(map(str, indices[:shown])) + more

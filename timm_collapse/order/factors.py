@@ -1,0 +1,72 @@
+"""Greedy order under a factor model of one image's uncertainty.
+
+Each patch is a loading on r latent factors of the image plus a part of its own: x_n = g_n . z + sqrt(d_n) e_n with
+independent unit normals. So the covariance of the patches is G G^T + diag(d): what two patches share is known once,
+whichever of them is seen. Seeing a patch is Bayesian linear regression on z, and nothing needs an N x N matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expected_errors(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor:
+    """Standard deviation left in every patch once sets of patches are revealed.
+
+    Args:
+        loadings: (B, N, r), g.
+        noise: (B, N), d > 0.
+        revealed: (B, C, N) bool: C sets per image.
+
+    Returns:
+        (B, C, N), 0 where revealed. Differentiable.
+    """
+    g, d, shown = loadings.float(), noise.float(), revealed.float()
+    information = torch.einsum("bcn,bnr,bns->bcrs", shown / d.unsqueeze(1), g, g)
+    information = information + torch.eye(g.shape[-1], device=g.device)
+    factor = torch.linalg.cholesky(information)
+    whitened = torch.linalg.solve_triangular(factor, g.mT.unsqueeze(1).expand(-1, shown.shape[1], -1, -1), upper=False)
+    return (whitened.square().sum(2) + d.unsqueeze(1)).sqrt() * (1.0 - shown)
+
+
+@torch.no_grad()
+def greedy_factor_order(loadings: Tensor, noise: Tensor, revealed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The next patches, each the one that removes most expected error.
+
+    The gain of patch j is its own standard deviation plus what it removes from the others, to first order in their
+    variances: sum_n C_nj^2 / (2 s_n v_j). Factors are conditioned on each pick by a symmetric square-root update, which
+    costs O(N r), so a pick costs O(N r^2).
+
+    Args:
+        loadings: (B, N, r).
+        noise: (B, N), > 0.
+        revealed: (B, N) bool: already visible, not picked again. The model is taken as conditioned on them already.
+        count: Patches to pick, at most those that are left in every image.
+
+    Returns:
+        indices (B, count), best first, and the gains (B, N) that remain after the last pick (-1 where revealed).
+    """
+    g, d = loadings.float().clone(), noise.float()
+    shown = revealed.clone()
+    rows = torch.arange(len(g), device=g.device)
+    picks = []
+    for step in range(count + 1):
+        shared = g.square().sum(-1)
+        deviation = (shared + d).sqrt()
+        weight = (0.5 / deviation).masked_fill(shown, 0.0)
+        moment = torch.bmm((g * weight.unsqueeze(-1)).mT, g)  # (B, r, r)
+        others = (torch.bmm(g, moment) * g).sum(-1) - weight * shared.square()
+        gains = (deviation + others / (shared + d)).masked_fill(shown, -1.0)
+        if step == count:
+            break
+        best = gains.argmax(1)
+        picks.append(best)
+        shown[rows, best] = True
+        pick, own = g[rows, best], d[rows, best].unsqueeze(-1)
+        length = pick.square().sum(-1, keepdim=True).clamp_min(1e-12)
+        # (I - b p p^T)^2 = I - p p^T / (|p|^2 + d): conditions on the pick without a matrix inverse
+        b = (1.0 - (own / (length + own)).sqrt()) / length
+        g = g - torch.bmm(g, pick.unsqueeze(-1)) * (b * pick).unsqueeze(1)
+    indices = torch.stack(picks, 1) if picks else torch.empty(len(g), 0, dtype=torch.long, device=g.device)
+    return indices, gains

@@ -1,0 +1,230 @@
+"""Order: the order of the patches of a batch of images, the one currency between orderers and their users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import CollapseError, check_grid, describe, resolve_keep, values_readable
+from .spread import bayer_ranks
+
+
+class Order:
+    """The order of the patches of a batch of images; immutable.
+
+    Patches are numbered row by row: patch n is at row n // w, column n % w of the grid (h, w). Patches with equal
+    scores are ordered by their number. `indices` and `ranks` are computed when first asked for, then kept, so do not
+    change the scores in place. Copies and pickles hold the scores without their autograd graph.
+
+    Args:
+        scores: (B, N) floating point of any precision, higher = earlier; infinite values are allowed, NaN is not.
+        grid: Rows and columns of patches (h, w), h * w = N.
+
+    Raises:
+        CollapseError: For scores of another shape or dtype, with NaN, or that do not fill the grid.
+    """
+
+    __slots__ = ("_scores", "_grid", "_indices", "_ranks")
+
+    def __init__(self, scores: Tensor, grid: Sequence[int]):
+        if not isinstance(scores, Tensor) or scores.ndim != 2 or not scores.is_floating_point():
+            raise CollapseError(f"scores must be a float tensor of shape (B, N), got {describe(scores)}")
+        self._grid = check_grid(grid, num_patches=scores.shape[1])
+        if values_readable() and scores.isnan().any():
+            bad = int(scores.isnan().any(dim=1).nonzero()[0])
+            raise CollapseError(f"scores must not be NaN, got NaN in row {bad}")
+        self._scores = scores
+        self._indices: Tensor | None = None
+        self._ranks: Tensor | None = None
+
+    @classmethod
+    def from_indices(cls, indices: Tensor, grid: Sequence[int]) -> Order:
+        """An order from the patches listed best first.
+
+        Args:
+            indices: (B, N) long, every row a permutation of 0..N-1.
+            grid: Rows and columns of patches (h, w), h * w = N.
+
+        Returns:
+            The order; its scores are (N - rank) / N, in (0, 1].
+
+        Raises:
+            CollapseError: Where a row is no permutation, or the grid does not fit.
+        """
+        grid = _check_permutations("indices", indices, grid)
+        return cls._from_permutations(grid, indices, _inverted(indices))
+
+    @classmethod
+    def from_ranks(cls, ranks: Tensor, grid: Sequence[int]) -> Order:
+        """An order from the rank of every patch; as `from_indices`, with ranks (B, N) long, 0 = first."""
+        grid = _check_permutations("ranks", ranks, grid)
+        return cls._from_permutations(grid, _inverted(ranks), ranks)
+
+    @classmethod
+    def _from_permutations(cls, grid: tuple[int, int], indices: Tensor, ranks: Tensor) -> Order:
+        num_patches = ranks.shape[1]
+        order = cls((num_patches - ranks).float() / num_patches, grid)
+        order._indices, order._ranks = indices, ranks
+        return order
+
+    @staticmethod
+    def cat(orders: Sequence[Order]) -> Order:
+        """The orders of several batches as one batch.
+
+        Raises:
+            CollapseError: Where there are none, or their grids differ.
+        """
+        orders = list(orders)
+        grids = sorted({order.grid for order in orders})
+        if len(grids) != 1:
+            raise CollapseError(f"orders must be at least one Order and share one grid, got the grids {grids}")
+        return Order(torch.cat([order.scores for order in orders]), grids[0])
+
+    @property
+    def scores(self) -> Tensor:
+        """(B, N) float, higher = earlier."""
+        return self._scores
+
+    @property
+    def indices(self) -> Tensor:
+        """(B, N) long: the numbers of the patches, best first."""
+        if self._indices is None:
+            self._indices = self._scores.detach().argsort(dim=1, descending=True, stable=True)
+        return self._indices
+
+    @property
+    def ranks(self) -> Tensor:
+        """(B, N) long: the rank of every patch, 0 = first."""
+        if self._ranks is None:
+            self._ranks = _inverted(self.indices)
+        return self._ranks
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches (h, w)."""
+        return self._grid
+
+    @property
+    def num_patches(self) -> int:
+        """N = h * w."""
+        return self._grid[0] * self._grid[1]
+
+    def __len__(self) -> int:
+        return self._scores.shape[0]
+
+    def __getitem__(self, item: int | slice | Tensor) -> Order:
+        """The orders of some images; an int keeps the batch dimension. IndexError where there is no such image."""
+        if isinstance(item, int):
+            item = range(len(self))[item]
+            item = slice(item, item + 1)
+        elif isinstance(item, Tensor):
+            item = item.reshape(-1)
+        return self._map(lambda tensor: tensor[item])
+
+    def to(self, device: torch.device | str) -> Order:
+        """The same order on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, function) -> Order:
+        order = object.__new__(Order)
+        order._grid = self._grid
+        for name in ("_scores", "_indices", "_ranks"):
+            tensor = getattr(self, name)
+            setattr(order, name, None if tensor is None else function(tensor))
+        return order
+
+    def __reduce__(self):
+        return Order, (self._scores.detach(), self._grid)
+
+    def __deepcopy__(self, memo: dict) -> Order:
+        return Order(self._scores.detach().clone(), self._grid)
+
+    def __repr__(self) -> str:
+        height, width = self._grid
+        return f"Order({len(self)} images, {height}x{width} patches, {self._scores.device})"
+
+    def keep(self, keep: float | int) -> Tensor:
+        """The patches that are kept.
+
+        Args:
+            keep: A float ratio in (0, 1] or an int count in [1, N], see `resolve_keep`.
+
+        Returns:
+            (B, k) long: the numbers of the k best patches, sorted by position, not by rank.
+
+        Raises:
+            CollapseError: For a keep out of range.
+        """
+        return self.indices[:, : resolve_keep(keep, self.num_patches)].sort(dim=1).values
+
+    def mask(self, keep: float | int) -> Tensor:
+        """The patches that are kept, as (B, N) bool, True = kept; otherwise as `keep`."""
+        return self.ranks < resolve_keep(keep, self.num_patches)
+
+    def reversed(self) -> Order:
+        """The opposite order, exactly: last becomes first, also among patches with equal scores."""
+        return Order._from_permutations(self._grid, self.indices.flip(1), self.num_patches - 1 - self.ranks)
+
+    def resample(self, grid: Sequence[int]) -> Order:
+        """The order on a finer or coarser grid of the same images.
+
+        A finer grid: a patch belongs to the old patch that its centre lies in; patches come in the order of their old
+        patches, and inside one old patch coarse to fine (Bayer), so that equal ratios keep equal areas. A coarser
+        grid: by the mean of the ranks that a patch covers (the window is widened to whole old patches), ties coarse to
+        fine. Finer along one axis and coarser along the other: first the coarser axis, then the finer one.
+
+        Args:
+            grid: The new rows and columns (h, w).
+
+        Returns:
+            The order on that grid, with scores (N - rank) / N and no gradient; the same object for the same grid.
+
+        Raises:
+            CollapseError: For a wrong grid.
+        """
+        grid = check_grid(grid)
+        if grid == self._grid:
+            return self
+        shared = (min(grid[0], self._grid[0]), min(grid[1], self._grid[1]))
+        if shared not in (grid, self._grid):
+            return self.resample(shared).resample(grid)
+
+        values = self.ranks.view(-1, 1, *self._grid)
+        if shared == grid:
+            values = F.adaptive_avg_pool2d(values.float(), grid)
+        else:
+            rows, columns = (_parents(new, old, values.device) for new, old in zip(grid, self._grid, strict=True))
+            values = values[:, :, rows[:, None], columns]
+        # a stable sort of patches that are already laid out coarse to fine breaks the ties coarse to fine
+        spread = bayer_ranks(grid).argsort().to(values.device)
+        indices = spread[values.flatten(1)[:, spread].argsort(dim=1, stable=True)]
+        return Order._from_permutations(grid, indices, _inverted(indices))
+
+
+def _parents(new: int, old: int, device: torch.device) -> Tensor:
+    """(new,) long: which of the `old` patches of an axis the centre of each of the `new` patches lies in."""
+    return (2 * torch.arange(new, device=device) + 1) * old // (2 * new)
+
+
+def _inverted(permutations: Tensor) -> Tensor:
+    """(B, N) long: the inverse of every row; turns indices into ranks and back."""
+    positions = torch.arange(permutations.shape[1], device=permutations.device).expand_as(permutations)
+    return torch.empty_like(permutations).scatter_(1, permutations, positions)
+
+
+def _check_permutations(name: str, rows: Tensor, grid: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.dtype != torch.long:
+        raise CollapseError(f"{name} must be a long tensor of shape (B, N), got {describe(rows)}")
+    grid = check_grid(grid, num_patches=rows.shape[1])
+    if values_readable():
+        wrong = (rows.sort(dim=1).values != torch.arange(rows.shape[1], device=rows.device)).any(dim=1)
+        if wrong.any():
+            bad = int(wrong.nonzero()[0])
+            raise CollapseError(
+                f"{name} must hold each of 0..{rows.shape[1] - 1} once in every row, got {rows[bad].tolist()[:16]}"
+                f"{'...' if rows.shape[1] > 16 else ''} in row {bad}"
+            )
+    return grid
