@@ -57,7 +57,10 @@ class TrainArgs:
 
 
 def parse_args(cls: type, description: str, argv: list[str] | None = None):
-    """Command line to a dataclass by transformers' HfArgumentParser; `--config file.json|yaml` sets defaults."""
+    """Command line to a dataclass by transformers' HfArgumentParser; `--config file.json|yaml` sets defaults.
+
+    Also seeds torch, so that the model that is built next starts from the seed.
+    """
     import sys
 
     from transformers import HfArgumentParser
@@ -78,7 +81,9 @@ def parse_args(cls: type, description: str, argv: list[str] | None = None):
         parser.set_defaults(**values)
         del argv[at : at + 2]
     try:
-        return parser.parse_args_into_dataclasses(args=argv)[0]
+        args = parser.parse_args_into_dataclasses(args=argv)[0]
+        torch.manual_seed(args.seed)
+        return args
     except CollapseError as error:
         parser.error(str(error))
 

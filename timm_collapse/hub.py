@@ -7,10 +7,13 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
+
+from .order import CollapseError
 
 
 def save_model(model: nn.Module, folder: str | Path, recipe: Any = None, half: bool = False, **extra: Any) -> Path:
@@ -37,6 +40,19 @@ def save_model(model: nn.Module, folder: str | Path, recipe: Any = None, half: b
         values = {"arguments": values, "parameters": sum(p.numel() for p in model.parameters()), **extra}
         (folder / "recipe.json").write_text(json.dumps(values, indent=1, default=_plain) + "\n")
     return folder
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Load the weights of a saved model of the same architecture into `model`, which may have another image size.
+
+    Raises:
+        CollapseError: No model there, or one whose weights do not fit.
+    """
+    try:
+        source = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        model.load_state_dict(source.state_dict())
+    except (OSError, RuntimeError) as error:
+        raise CollapseError(f"init: the weights of {str(folder)!r} do not fit: {error}") from error
 
 
 def _plain(value: Any) -> Any:

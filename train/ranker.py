@@ -14,7 +14,7 @@ import timm
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse.data import open_dataset, train_transform
 from timm_collapse.engine import Run, TrainArgs, parse_args
-from timm_collapse.hub import save_model
+from timm_collapse.hub import load_weights, save_model
 from timm_collapse.models.lesson import Lesson
 
 
@@ -38,8 +38,7 @@ def main() -> None:
     args = parse_args(Args, __doc__)
     model = timm.create_model(args.model, **json.loads(args.model_args))
     if args.init:
-        source = timm.create_model(f"local-dir:{args.init}", pretrained=True)
-        model.load_state_dict(source.state_dict())
+        load_weights(model, args.init)
     environment = timm.create_model(f"local-dir:{args.reconstructor}", pretrained=True)
     cfg = environment.pretrained_cfg
     dataset = open_dataset(args.dataset, args.split, args.part).dataset

@@ -13,7 +13,7 @@ import timm
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse.data import open_dataset, train_transform
 from timm_collapse.engine import Run, TrainArgs, parse_args
-from timm_collapse.hub import save_model
+from timm_collapse.hub import load_weights, save_model
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Args(TrainArgs):
 
     model: str = field(default="collapse_reconstructor_tiny", metadata={"help": "Registered architecture."})
     model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
+    init: str = field(default="", metadata={"help": "Start from the weights of this folder (another resolution, say)."})
     dataset: str = field(default="digits", metadata={"help": "digits, a parquet folder, or a timm data set; a+b joins."})
     split: str = field(default="train", metadata={"help": "Split of the data set."})
     part: str = field(default="", metadata={"help": "'i/n' or '!i/n': disjoint parts for judges and contestants."})
@@ -31,6 +32,8 @@ class Args(TrainArgs):
 def main() -> None:
     args = parse_args(Args, __doc__)
     model = timm.create_model(args.model, **json.loads(args.model_args))
+    if args.init:
+        load_weights(model, args.init)
     cfg = model.pretrained_cfg
     dataset = open_dataset(args.dataset, args.split, args.part).dataset
     transform = train_transform(model.img_size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))

@@ -36,6 +36,11 @@ class UncertaintyCurve:
         return _area(self.visible, self.error)
 
     @property
+    def sum_area(self) -> float:
+        """Mean over k of the summed error of the hidden patches, a patch of the image: early k weigh more."""
+        return _area(self.visible, self.error * (1.0 - self.visible / self.num_patches))
+
+    @property
     def entropy_area(self) -> float:
         """Mean over k of the summed entropy of the hidden patches a patch of the image (the paper's Definition 1)."""
         hidden = 1.0 - self.visible / self.num_patches

@@ -76,7 +76,9 @@ class CollapseOrder(nn.Module):
             )
         try:
             return cls(timm.create_model(source, pretrained=True), **kwargs)
-        except (FileNotFoundError, OSError, RuntimeError) as error:
+        except CollapseError:
+            raise
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise CollapseError(f"name: {name!r} could not be loaded: {error}") from error
 
     def forward(self, images: Tensor, grid: tuple[int, int] | None = None, upto: int | None = None) -> Order:

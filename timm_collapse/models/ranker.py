@@ -54,7 +54,7 @@ class Ranker(nn.Module):
         self.log_noise = nn.Linear(dim, 1)
         init_weights(self)
         nn.init.constant_(self.log_noise.bias, -2.0)
-        nn.init.trunc_normal_(self.loadings.weight, std=0.1)
+        nn.init.trunc_normal_(self.loadings.weight, std=0.08 / dim**0.5 * 32**0.5 / rank**0.5)  # errors start at about .5
 
     def factors(self, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         """Factor model of the error that is left.
@@ -82,7 +82,7 @@ class Ranker(nn.Module):
             errors: (B, C, N): the errors that the frozen reconstructor leaves after each set, 0 where revealed.
 
         Returns:
-            loss, and its parts: `map`, squared error of the error maps, and `gain`, squared error of what each set
+            loss, and its parts: `map`, squared error of the error maps, and `gain`, Huber loss of what each set
             removes in all from the visible one (that is what the greedy choice compares).
         """
         predicted = expected_errors(*self.factors(images, visible), revealed)
@@ -92,7 +92,7 @@ class Ranker(nn.Module):
         predicted_gain = predicted[:, :1].sum(-1) - predicted[:, 1:].sum(-1)
         # Sets that reveal more have larger gains; per revealed patch they weigh alike.
         added = (revealed[:, 1:].sum(-1) - revealed[:, :1].sum(-1)).clamp_min(1)
-        gain_loss = ((predicted_gain - gain).square() / added).mean()
+        gain_loss = (F.smooth_l1_loss(predicted_gain, gain, reduction="none") / added).mean()
         return {"loss": error_map + 0.1 * gain_loss, "map": error_map.detach(), "gain": gain_loss.detach()}
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ class Ranker(nn.Module):
             places = torch.arange(start, start + count, device=images.device, dtype=scores.dtype)
             scores.scatter_(1, picks, ((n - places) / n).expand(len(images), -1))
         if upto < n:
-            rest = gains.argsort(1, descending=True, stable=True)[:, : n - upto]
+            rest = gains.argsort(dim=1, descending=True, stable=True)[:, : n - upto]
             places = torch.arange(upto, n, device=images.device, dtype=scores.dtype)
             scores.scatter_(1, rest, ((n - places) / n).expand(len(images), -1))
         return scores

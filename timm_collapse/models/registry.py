@@ -36,6 +36,8 @@ def pixel_cfg(
 def build(cls: type[nn.Module], variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]):
     """Build a registered model: the architecture's defaults, overridden by the caller's arguments."""
     arguments = {**defaults, **kwargs}
+    if isinstance(size := arguments.get("img_size"), (list, tuple)):  # timm's config.json holds [H, W]
+        arguments["img_size"] = size[0]
     model = build_model_with_cfg(
         cls, variant, pretrained, kwargs_filter=("num_classes", "global_pool", "in_chans"), **arguments
     )

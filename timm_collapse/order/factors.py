@@ -23,10 +23,12 @@ def expected_errors(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor
         (B, C, N), 0 where revealed. Differentiable.
     """
     g, d, shown = loadings.float(), noise.float(), revealed.float()
-    information = torch.einsum("bcn,bnr,bns->bcrs", shown / d.unsqueeze(1), g, g)
-    information = information + torch.eye(g.shape[-1], device=g.device)
-    factor = torch.linalg.cholesky(information)
-    whitened = torch.linalg.solve_triangular(factor, g.mT.unsqueeze(1).expand(-1, shown.shape[1], -1, -1), upper=False)
+    with torch.autocast(g.device.type, enabled=False):  # half products would not stay positive definite
+        information = torch.einsum("bcn,bnr,bns->bcrs", shown / d.unsqueeze(1), g, g)
+        information = information + torch.eye(g.shape[-1], device=g.device)
+        factor = torch.linalg.cholesky(information)
+        transposed = g.mT.unsqueeze(1).expand(-1, shown.shape[1], -1, -1)
+        whitened = torch.linalg.solve_triangular(factor, transposed, upper=False)
     return (whitened.square().sum(2) + d.unsqueeze(1)).sqrt() * (1.0 - shown)
 
 
@@ -49,8 +51,16 @@ def greedy_factor_order(loadings: Tensor, noise: Tensor, revealed: Tensor, count
     """
     g, d = loadings.float().clone(), noise.float()
     shown = revealed.clone()
-    rows = torch.arange(len(g), device=g.device)
     picks = []
+    with torch.autocast(g.device.type, enabled=False):
+        gains = _pick(g, d, shown, count, picks)
+    indices = torch.stack(picks, 1) if picks else torch.empty(len(g), 0, dtype=torch.long, device=g.device)
+    return indices, gains
+
+
+def _pick(g: Tensor, d: Tensor, shown: Tensor, count: int, picks: list[Tensor]) -> Tensor:
+    """Append `count` greedy picks; returns the gains that remain. Changes `shown`."""
+    rows = torch.arange(len(g), device=g.device)
     for step in range(count + 1):
         shared = g.square().sum(-1)
         deviation = (shared + d).sqrt()
@@ -59,7 +69,7 @@ def greedy_factor_order(loadings: Tensor, noise: Tensor, revealed: Tensor, count
         others = (torch.bmm(g, moment) * g).sum(-1) - weight * shared.square()
         gains = (deviation + others / (shared + d)).masked_fill(shown, -1.0)
         if step == count:
-            break
+            return gains
         best = gains.argmax(1)
         picks.append(best)
         shown[rows, best] = True
@@ -68,5 +78,3 @@ def greedy_factor_order(loadings: Tensor, noise: Tensor, revealed: Tensor, count
         # (I - b p p^T)^2 = I - p p^T / (|p|^2 + d): conditions on the pick without a matrix inverse
         b = (1.0 - (own / (length + own)).sqrt()) / length
         g = g - torch.bmm(g, pick.unsqueeze(-1)) * (b * pick).unsqueeze(1)
-    indices = torch.stack(picks, 1) if picks else torch.empty(len(g), 0, dtype=torch.long, device=g.device)
-    return indices, gains

@@ -1,0 +1,152 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from timm_collapse.engine import Run, TrainArgs, parse_args
+from timm_collapse.order import CollapseError
+
+ROOT = Path(__file__).parent.parent
+SMALL = '{"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1, "decoder_dim": 32, "decoder_depth": 1}'
+COMMON = ["--dataset", "digits", "--model_args", SMALL, "--tensorboard", "false", "--log_every", "2"]
+
+
+def command(script: str, output: Path, *args: str, processes: int = 1) -> list[str]:
+    launch = [sys.executable]
+    if processes > 1:
+        # `accelerate launch --cpu --num_processes 2` starts one process where there is no MPI; torchrun starts two
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launch, str(ROOT / "train" / script), *COMMON, "--output", str(output), *args]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+
+
+def train(*args, **kwargs) -> None:
+    done = subprocess.run(command(*args, **kwargs), env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
+    arguments = ["--steps", "40", "--batch_size", "8", "--checkpoint_minutes", "0"]
+    train("comae.py", tmp_path / "whole", *arguments)
+    broken = subprocess.Popen(
+        command("comae.py", tmp_path / "broken", *arguments), env=environment(), stderr=subprocess.DEVNULL
+    )
+    log, deadline = tmp_path / "broken" / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 5):
+        assert broken.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    broken.send_signal(signal.SIGKILL)
+    broken.wait()
+    assert not (tmp_path / "broken" / "model.safetensors").exists()  # it was in mid-training
+    train("comae.py", tmp_path / "broken", *arguments)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["reconstructor.py", "comae.py"])
+def test_two_processes_train_as_one_with_twice_the_batch(script, tmp_path):
+    train(script, tmp_path / "one", "--steps", "6", "--batch_size", "8", "--ema", "0")
+    train(script, tmp_path / "two", "--steps", "6", "--batch_size", "4", "--ema", "0", processes=2)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-4), name
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()[-1:]]
+              for run in ("one", "two")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+class Parabola(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2, 2))
+        self.other = torch.nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, images):
+        return (self.weight - images.mean()).square().sum() + self.other.square().sum()
+
+
+class Constant(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return torch.full((1, 2, 2), float(index)), index
+
+
+def run(tmp_path, **kwargs) -> Run:
+    args = TrainArgs(**{"output": str(tmp_path), "tensorboard": False, "steps": 4, "batch_size": 2, **kwargs})
+    return Run(args, Parabola(), Constant(), lambda image: image, quiet=True)
+
+
+def test_accumulated_micro_steps_equal_one_large_batch(tmp_path):
+    found = []
+    for name, kwargs in (("a", {"batch_size": 4}), ("b", {"batch_size": 2, "grad_accum": 2})):
+        training = run(tmp_path / name, ema=0, **kwargs)
+        for images, _ in training:
+            training.step((training.model.weight - images.mean((1, 2, 3))[:, None, None]).square().sum((1, 2)).mean())
+        found.append(training.finish().weight.detach())
+    assert torch.allclose(*found, atol=1e-6)
+
+
+def test_frozen_parameters_do_not_move_nor_decay(tmp_path):
+    training = run(tmp_path, ema=0, weight_decay=0.5)
+    for images, _ in training:
+        training.step(training.model(images), frozen=[training.bare.other])
+    model = training.finish()
+    assert torch.equal(model.other, torch.ones(2, 2)) and not torch.equal(model.weight, torch.ones(2, 2))
+
+
+def test_schedule_warms_up_and_ends_near_zero(tmp_path):
+    training = run(tmp_path, steps=100, warmup=0.1, lr=1.0)
+    rates = [training.lr_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 == max(rates) and rates[-1] < 1e-3
+    assert rates[54] == pytest.approx(0.53, abs=0.03)  # half way down the cosine
+
+
+def test_not_finite_loss_is_an_error(tmp_path):
+    training = run(tmp_path)
+    with pytest.raises(CollapseError, match="loss: not finite"):
+        for images, _ in training:
+            training.step(training.model(images) * float("nan"))
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    training = run(tmp_path)
+    for images, _ in training:
+        training.step(training.model(images))
+    training.finish()
+    with pytest.raises(CollapseError, match="holds another model"):
+        Run(TrainArgs(output=str(tmp_path), tensorboard=False), torch.nn.Linear(3, 3), Constant(), None, quiet=True)
+
+
+def test_arguments_from_file_and_their_errors(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("steps: 7\nlr: 0.5\n")
+    (tmp_path / "b.json").write_text('{"stepz": 7}')
+    args = parse_args(TrainArgs, "", ["--config", str(tmp_path / "a.yaml"), "--lr", "0.25"])
+    assert (args.steps, args.lr) == (7, 0.25)
+    for argv, message in (
+        (["--config", str(tmp_path / "b.json")], "stepz"),
+        (["--config", str(tmp_path / "none.json")], "existing"),
+        (["--steps", "0"], "steps: must be at least 1, got 0"),
+        (["--resume", "maybe"], "'maybe'"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_args(TrainArgs, "", argv)
+        assert message in capsys.readouterr().err
