@@ -37,14 +37,20 @@ class TrainArgs:
     grad_accum: int = field(default=1, metadata={"help": "Micro-steps per optimizer step."})
     lr: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay (none on 1-D parameters)."})
-    warmup: float = field(default=0.05, metadata={"help": "Share of the steps in linear warm-up; cosine to 0 after it."})
+    warmup: float = field(
+        default=0.05, metadata={"help": "Share of the steps in linear warm-up; cosine to 0 after it."}
+    )
     clip: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this; 0 for never."})
-    ema: float = field(default=0.999, metadata={"help": "EMA decay of the weights that are saved (warmed up); 0 for none."})
+    ema: float = field(
+        default=0.999, metadata={"help": "EMA decay of the weights that are saved (warmed up); 0 for none."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of weights, data order, augmentation and masks."})
     precision: str = field(default="no", metadata={"help": "no (fp32), bf16 or fp16 autocast."})
     workers: int = field(default=0, metadata={"help": "Data loading processes."})
     log_every: int = field(default=20, metadata={"help": "Steps between log lines."})
-    checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between checkpoints; 0: after every step."})
+    checkpoint_minutes: float = field(
+        default=5.0, metadata={"help": "Minutes between checkpoints; 0: after every step."}
+    )
     resume: str = field(default="auto", metadata={"help": "auto: go on from the folder's checkpoint if any; or none."})
     tensorboard: bool = field(default=True, metadata={"help": "Also write tensorboard events, if it is installed."})
 
@@ -105,7 +111,7 @@ class Run:
         model: What is trained; its `forward` computes the loss.
         dataset, transform: Training data: map-style (PIL image, label), and PIL image -> tensor.
         find_unused: Some steps leave parameters without gradient (needed by DDP).
-        """
+    """
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ SHAPE = {"img_size": SIZE, "patch_size": PATCH}
 SMALL = {**SHAPE, "dim": 64, "depth": 2, "decoder_dim": 64, "decoder_depth": 2}
 
 
-def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int = 400) -> dict[str, float]:
+def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int = 250) -> dict[str, float]:
     """Train a small CoMAE and a ranker on digits, measure their orders, save models and pictures.
 
     Args:
@@ -42,26 +42,29 @@ def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int
     judge = _train_reconstructor(output / "judge", "1/2", seed + 2, steps)
 
     console.print("[bold]2/4[/] CoMAE: for every patch, how much each other patch is needed to reconstruct it")
-    comae = timm.create_model("comae_tiny", **SMALL)
+    comae, images = timm.create_model("comae_tiny", **SMALL).eval(), _validation_images()
+    before = _polarised(CollapseOrder(comae).graph(images[:64]))
+    comae.requires_grad_(True)
     run = _run(comae, output / "comae", "0/2", seed, steps, batch_size=16)
-    for images, _ in run:
-        arguments, frozen = alternate(run.bare, images, run, num_targets=8)
-        out = run.model(images, **arguments)
+    for batch, _ in run:
+        arguments, frozen = alternate(run.bare, batch, run, num_targets=8)
+        out = run.model(batch, **arguments)
         run.step(out["loss"], out if arguments["mask"] is None else {"l1_random": out["l1"]}, frozen)
     comae = _finished(run)
-    images = _validation_images()
-    exact = CollapseOrder(comae, ranking="coverage")
-    graph = exact.graph(images[:64])
-    off_diagonal = graph[:, ~torch.eye(graph.shape[-1], dtype=torch.bool)]
-    polarised = ((off_diagonal < 0.1) | (off_diagonal > 0.9)).float().mean()
-    console.print(f"    masks polarise: {polarised:.0%} of all weights are below .1 or above .9 (at the start: 0%)")
+    exact = CollapseOrder(comae)
+    after = _polarised(exact.graph(images[:64]))
+    console.print(
+        f"    masks polarise: {before:.0%} of all weights below .1 or above .9 before training, {after:.0%} after"
+    )
 
     console.print("[bold]3/4[/] Ranker: the order in one cheap pass, learned from the errors that are left")
-    run = _run(timm.create_model("collapse_ranker_tiny", **SHAPE, dim=64, depth=2), output / "ranker", "0/2", seed, steps)
+    run = _run(
+        timm.create_model("collapse_ranker_tiny", **SHAPE, dim=64, depth=2), output / "ranker", "0/2", seed, steps
+    )
     lesson = Lesson(environment)
-    for images_, _ in run:
+    for batch, _ in run:
         own = run.progress > 0.1 and run.uniform() < 0.4
-        out = run.model(images_, *lesson(images_, run, run.bare if own else None))
+        out = run.model(batch, *lesson(batch, run, run.bare if own else None))
         run.step(out["loss"], out)
     ranker = CollapseOrder(_finished(run))
 
@@ -69,14 +72,14 @@ def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int
     orders = {
         "random": CollapseOrder.baseline("random", seed=seed)(images, (8, 8)),
         "bayer (spread)": CollapseOrder.baseline("bayer")(images, (8, 8)),
-        "collapse (CoMAE, coverage)": exact(images),
-        "collapse (CoMAE, pagerank)": CollapseOrder(comae)(images),
+        "collapse (CoMAE)": exact(images),
+        "reversed (CoMAE)": exact(images).reversed(),
         "collapse (ranker)": ranker(images),
         "reversed (ranker)": ranker(images).reversed(),
     }
     curves = {name: uncertainty_curve(judge, images, order) for name, order in orders.items()}
     areas = _report(console, curves)
-    agreement = spearman(orders["collapse (ranker)"], orders["collapse (CoMAE, coverage)"]).mean()
+    agreement = spearman(orders["collapse (ranker)"], orders["collapse (CoMAE)"]).mean()
     console.print(f"    ranker and exact order agree with Spearman {agreement:.2f}; orders of different digits, with "
                   f"{image_dependence(orders['collapse (ranker)']).pairwise_spearman:.2f}")  # fmt: skip
     _pictures(output, images[0], orders["collapse (ranker)"][0], curves)
@@ -103,6 +106,12 @@ def _train_reconstructor(folder: Path, part: str, seed: int, steps: int) -> nn.M
         out = run.model(images, run.rand(len(images), 64), run.randint(0, 64))
         run.step(out["loss"], out)
     return _finished(run)
+
+
+def _polarised(graph: Tensor) -> float:
+    """Share of the weights off the diagonal that are below .1 or above .9."""
+    weights = graph[:, ~torch.eye(graph.shape[-1], dtype=torch.bool, device=graph.device)]
+    return float(((weights < 0.1) | (weights > 0.9)).float().mean())
 
 
 def _validation_images(count: int = 120) -> Tensor:

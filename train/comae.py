@@ -1,7 +1,7 @@
 """Train a CoMAE: encoder of weights and decoder of the target patch in alternation.
 
-    accelerate launch train/comae.py --dataset digits --output runs/comae
-    accelerate launch train/comae.py --dataset digits --output runs/comae_paper --model_args '{"recipe": "paper"}'
+accelerate launch train/comae.py --dataset digits --output runs/comae
+accelerate launch train/comae.py --dataset digits --output runs/comae_paper --model_args '{"recipe": "paper"}'
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class Args(TrainArgs):
 
     model: str = field(default="comae_tiny", metadata={"help": "Registered architecture."})
     model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
-    dataset: str = field(default="digits", metadata={"help": "digits, a parquet folder, or a timm data set; a+b joins."})
+    dataset: str = field(
+        default="digits", metadata={"help": "digits, a parquet folder, or a timm data set; a+b joins."}
+    )
     split: str = field(default="train", metadata={"help": "Split of the data set."})
     part: str = field(default="", metadata={"help": "'i/n' or '!i/n': disjoint parts for judges and contestants."})
     crop_scale: float = field(default=0.5, metadata={"help": "Smallest area share of the random crops."})

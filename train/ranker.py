@@ -1,7 +1,7 @@
 """Train the one-pass orderer by regression on the error maps that a frozen reconstructor leaves.
 
-    accelerate launch train/reconstructor.py --dataset digits --output runs/environment
-    accelerate launch train/ranker.py --dataset digits --reconstructor runs/environment --output runs/ranker
+accelerate launch train/reconstructor.py --dataset digits --output runs/environment
+accelerate launch train/ranker.py --dataset digits --reconstructor runs/environment --output runs/ranker
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Args(TrainArgs):
     model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
     init: str = field(default="", metadata={"help": "Start from the weights of this folder (another resolution, say)."})
     reconstructor: str = field(default="runs/environment", metadata={"help": "Folder of a trained reconstructor."})
-    dataset: str = field(default="digits", metadata={"help": "digits, a parquet folder, or a timm data set; a+b joins."})
+    dataset: str = field(
+        default="digits", metadata={"help": "digits, a parquet folder, or a timm data set; a+b joins."}
+    )
     split: str = field(default="train", metadata={"help": "Split of the data set."})
     part: str = field(default="", metadata={"help": "'i/n' or '!i/n': disjoint parts for judges and contestants."})
     crop_scale: float = field(default=0.5, metadata={"help": "Smallest area share of the random crops."})

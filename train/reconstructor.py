@@ -1,6 +1,6 @@
 """Train a masked reconstructor: the judge of orders, or the environment in which the ranker learns.
 
-    accelerate launch train/reconstructor.py --dataset digits --output runs/judge
+accelerate launch train/reconstructor.py --dataset digits --output runs/judge
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class Args(TrainArgs):
     model: str = field(default="collapse_reconstructor_tiny", metadata={"help": "Registered architecture."})
     model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
     init: str = field(default="", metadata={"help": "Start from the weights of this folder (another resolution, say)."})
-    dataset: str = field(default="digits", metadata={"help": "digits, a parquet folder, or a timm data set; a+b joins."})
+    dataset: str = field(
+        default="digits", metadata={"help": "digits, a parquet folder, or a timm data set; a+b joins."}
+    )
     split: str = field(default="train", metadata={"help": "Split of the data set."})
     part: str = field(default="", metadata={"help": "'i/n' or '!i/n': disjoint parts for judges and contestants."})
     crop_scale: float = field(default=0.5, metadata={"help": "Smallest area share of the random crops."})

@@ -118,7 +118,13 @@ def test_encoder_and_decoder_steps_move_only_their_half():
 
 def test_the_budget_and_the_recipe_are_arguments():
     paper, stable = comae(recipe="paper"), comae()
-    assert (paper.budget, paper.skip, paper.random_share, paper.decoder_first, paper.head_kind) == (0, 0, 0, 0, "linear")
+    assert (paper.budget, paper.skip, paper.random_share, paper.decoder_first, paper.head_kind) == (
+        0,
+        0,
+        0,
+        0,
+        "linear",
+    )
     assert stable.budget > 0 and comae(budget=0.0).budget == 0 and comae(recipe="paper", skip=2).skip == 2
     with pytest.raises(CollapseError, match="recipe.*'papers'"):
         comae(recipe="papers")

@@ -76,6 +76,10 @@ def test_visible_patches_are_not_picked_again(model):
     revealed = torch.zeros(3, 12, dtype=torch.bool)
     revealed[:, [2, 7]] = True
     picks, gains = greedy_factor_order(g, d, revealed, 5)
+    first, _ = greedy_factor_order(g, d, torch.zeros_like(revealed), 4)
+    later, _ = greedy_factor_order(g, d, torch.zeros_like(revealed).scatter(1, first, True), 3)
+    whole, _ = greedy_factor_order(g, d, torch.zeros_like(revealed), 7)
+    assert torch.equal(torch.cat([first, later], 1), whole)  # what is visible is conditioned on
     assert not set(picks.flatten().tolist()) & {2, 7}
     assert all(len(set(row)) == 5 for row in picks.tolist())
     assert (gains < 0).sum(1).tolist() == [7, 7, 7]

@@ -7,4 +7,16 @@ from .ranker import Ranker
 from .reconstructor import Reconstruction, Reconstructor
 from .tokenizer import PixelTokenizer, VaeTokenizer, patchify, unpatchify
 
-__all__ = ["CoMAE", "CollapseOrder", "Lesson", "PixelTokenizer", "Ranker", "Reconstruction", "Reconstructor", "VaeTokenizer", "alternate", "patchify", "unpatchify"]
+__all__ = [
+    "CoMAE",
+    "CollapseOrder",
+    "Lesson",
+    "PixelTokenizer",
+    "Ranker",
+    "Reconstruction",
+    "Reconstructor",
+    "VaeTokenizer",
+    "alternate",
+    "patchify",
+    "unpatchify",
+]

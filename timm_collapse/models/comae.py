@@ -18,7 +18,7 @@ from .tokenizer import PixelTokenizer, VaeTokenizer
 from .transformer import Transformer, gather_tokens, init_weights
 
 RECIPES = {
-    "stable": {"head": "offset", "skip": 2, "budget": 0.2, "random_share": 0.5, "decoder_first": 0.3, "sigma": 0.35},
+    "stable": {"head": "offset", "skip": 2, "budget": 0.4, "random_share": 0.5, "decoder_first": 0.3, "sigma": 0.35},
     "paper": {"head": "linear", "skip": 0, "budget": 0.0, "random_share": 0.0, "decoder_first": 0.0, "sigma": 0.5},
 }
 
@@ -143,14 +143,17 @@ class CoMAE(nn.Module):
         b, m = targets.shape
         index = self.others(targets).flatten(0, 1)
         x = self.encoder["embed"](tokens).repeat_interleave(m, 0)
-        x = torch.cat([self.encoder["query"](targets).flatten(0, 1).unsqueeze(1).to(x.dtype), gather_tokens(x, index)], 1)
+        x = torch.cat(
+            [self.encoder["query"](targets).flatten(0, 1).unsqueeze(1).to(x.dtype), gather_tokens(x, index)], 1
+        )
         x = self.encoder["blocks"](x, self.grid, index)
         if self.head_kind == "linear":
             logits = self.encoder["head"](x[:, 0]).gather(1, index)
         else:
             # The head starts at 0: the image term starts silent, yet has a gradient
             match = torch.einsum("bd,bnd->bn", self.encoder["head"](x[:, 0]), x[:, 1:]) * x.shape[-1] ** -0.5
-            logits = match + self.encoder["offsets"](self._offset_index(targets, index)).squeeze(-1)
+            # Adam moves a table entry by about the learning rate a step: scaled, logits of +-2 are some hundred steps away
+            logits = match + 8.0 * self.encoder["offsets"](self._offset_index(targets, index)).squeeze(-1)
         return (0.5 + 0.5 * torch.tanh(logits.float())).view(b, m, -1)
 
     def decode(self, tokens: Tensor, targets: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
@@ -298,7 +301,7 @@ def alternate(model: CoMAE, images: Tensor, random, num_targets: int) -> tuple[d
 
 default_cfgs = generate_default_cfgs(
     {
-        "comae_tiny.untrained": pixel_cfg(),
+        "comae_tiny.tin100": pixel_cfg("comae_tiny.tin100"),
         "comae_base_kl16_256.untrained": pixel_cfg(img_size=256, mean=(0.5,) * 3, std=(0.5,) * 3),
         "comae_base_kl16_256_wide_encoder.untrained": pixel_cfg(img_size=256, mean=(0.5,) * 3, std=(0.5,) * 3),
     }
@@ -323,4 +326,6 @@ def comae_base_kl16_256(pretrained: bool = False, **kwargs) -> CoMAE:
 @register_model
 def comae_base_kl16_256_wide_encoder(pretrained: bool = False, **kwargs) -> CoMAE:
     """The paper's other reading: encoder width 256, decoder width 64."""
-    return build(CoMAE, "comae_base_kl16_256_wide_encoder", pretrained, {**_PAPER, "dim": 256, "decoder_dim": 64}, kwargs)
+    return build(
+        CoMAE, "comae_base_kl16_256_wide_encoder", pretrained, {**_PAPER, "dim": 256, "decoder_dim": 64}, kwargs
+    )

@@ -17,9 +17,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """Inverse of `patchify`."""
-    return rearrange(
-        tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size
-    )
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size)
 
 
 class PixelTokenizer(nn.Module):

@@ -22,14 +22,31 @@ def expected_errors(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor
     Returns:
         (B, C, N), 0 where revealed. Differentiable.
     """
-    g, d, shown = loadings.float(), noise.float(), revealed.float()
+    known = revealed.float()
+    conditioned = condition(loadings, noise, revealed)
+    return (conditioned.square().sum(-1) + noise.float().unsqueeze(1)).sqrt() * (1.0 - known)
+
+
+def condition(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor:
+    """Loadings on the factors as they are left once sets of patches are revealed.
+
+    The posterior covariance of the factors is (I + G_S' D_S^-1 G_S)^-1 = (L L')^-1, so L^-1 g_n are loadings on factors of
+    unit variance again.
+
+    Args:
+        loadings: (B, N, r).
+        noise: (B, N), > 0.
+        revealed: (B, C, N) bool.
+
+    Returns:
+        (B, C, N, r), float32. Differentiable.
+    """
+    g, weight = loadings.float(), revealed.float() / noise.float().unsqueeze(1)
     with torch.autocast(g.device.type, enabled=False):  # half products would not stay positive definite
-        information = torch.einsum("bcn,bnr,bns->bcrs", shown / d.unsqueeze(1), g, g)
-        information = information + torch.eye(g.shape[-1], device=g.device)
+        information = torch.einsum("bcn,bnr,bns->bcrs", weight, g, g) + torch.eye(g.shape[-1], device=g.device)
         factor = torch.linalg.cholesky(information)
-        transposed = g.mT.unsqueeze(1).expand(-1, shown.shape[1], -1, -1)
-        whitened = torch.linalg.solve_triangular(factor, transposed, upper=False)
-    return (whitened.square().sum(2) + d.unsqueeze(1)).sqrt() * (1.0 - shown)
+        transposed = g.mT.unsqueeze(1).expand(-1, revealed.shape[1], -1, -1)
+        return torch.linalg.solve_triangular(factor, transposed, upper=False).mT
 
 
 @torch.no_grad()
@@ -43,13 +60,13 @@ def greedy_factor_order(loadings: Tensor, noise: Tensor, revealed: Tensor, count
     Args:
         loadings: (B, N, r).
         noise: (B, N), > 0.
-        revealed: (B, N) bool: already visible, not picked again. The model is taken as conditioned on them already.
+        revealed: (B, N) bool: already visible: conditioned on, and not picked again.
         count: Patches to pick, at most those that are left in every image.
 
     Returns:
         indices (B, count), best first, and the gains (B, N) that remain after the last pick (-1 where revealed).
     """
-    g, d = loadings.float().clone(), noise.float()
+    g, d = condition(loadings, noise, revealed.unsqueeze(1)).squeeze(1), noise.float()
     shown = revealed.clone()
     picks = []
     with torch.autocast(g.device.type, enabled=False):

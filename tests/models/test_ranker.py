@@ -1,0 +1,168 @@
+import pytest
+import timm
+import torch
+
+import timm_collapse  # noqa: F401
+from timm_collapse import CollapseError, CollapseOrder
+from timm_collapse.evaluation import count_macs
+from timm_collapse.models import Lesson, unpatchify
+from timm_collapse.models.ranker import Ranker
+
+SMALL = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1, "rank": 8, "phases": (0.0, 0.25, 0.5)}
+
+
+def ranker(**kwargs) -> Ranker:
+    return timm.create_model("collapse_ranker_tiny", **{**SMALL, **kwargs}).eval()
+
+
+def test_scores_are_a_permutation_and_upto_agrees_with_the_whole():
+    model, images = ranker(), torch.randn(3, 3, 16, 16)
+    whole = model.rank(images)
+    assert torch.equal(whole.sort(1).values, (torch.arange(1, 17) / 16).expand(3, -1))
+    for upto in (1, 4, 7, 16):
+        part = model.rank(images, upto=upto)
+        assert torch.equal(part.sort(1).values, whole.sort(1).values)
+        assert torch.equal(part.topk(upto).indices, whole.topk(upto).indices)
+
+
+def test_upto_saves_the_later_phases():
+    model, images = ranker(), torch.randn(1, 3, 16, 16)
+    passes = []
+    model.trunk.register_forward_hook(lambda *_: passes.append(1))
+    for upto, expected in ((4, 1), (5, 2), (9, 3), (16, 3)):
+        passes.clear()
+        model.rank(images, upto=upto)
+        assert len(passes) == expected
+
+
+def test_any_image_size_is_resized_and_other_phases_can_be_asked_for():
+    model = ranker()
+    assert model.rank(torch.randn(2, 3, 40, 24)).shape == (2, 16)
+    one, three = (model.rank(torch.ones(1, 3, 16, 16), phases=p) for p in ((0.0,), (0.0, 0.25, 0.5)))
+    assert torch.equal(one.topk(4).indices, three.topk(4).indices)
+    with pytest.raises(ValueError, match="phases"):
+        ranker(phases=(0.1, 0.5))
+
+
+def test_an_image_is_ordered_alike_alone_and_in_a_batch():
+    model, images = ranker(), torch.randn(4, 3, 16, 16)
+    whole = model.rank(images)
+    assert all(torch.equal(model.rank(images[i : i + 1])[0], whole[i]) for i in range(4))
+
+
+class Fixed:
+    """The part of a Run that a lesson needs."""
+
+    def rand(self, batch, *shape):
+        return torch.rand(batch, *shape)
+
+    def uniform(self):
+        return float(torch.rand(()))
+
+    def randint(self, low, high):
+        return int(torch.randint(low, high, ()))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_lesson_sets_are_nested_and_errors_belong_to_them(own):
+    environment = timm.create_model(
+        "collapse_reconstructor_tiny", img_size=16, patch_size=4, dim=32, depth=1, decoder_dim=32, decoder_depth=1
+    )
+    lesson, images, starts = Lesson(environment, num_sets=3), torch.randn(2, 3, 16, 16), set()
+    for _ in range(8):
+        visible, revealed, errors = lesson(images, Fixed(), ranker() if own else None)
+        starts.add(int(visible[0].sum()))
+        assert torch.equal(revealed[:, 0], visible) and (revealed & visible[:, None]).sum() == visible.sum() * 4
+        assert ((errors == 0) == revealed).all()
+        assert (revealed[:, 1].sum(-1) == visible.sum(-1) + 1).all()
+        assert (revealed.sum(-1) < 16).all()
+    assert len(starts) > 2
+    tokens = environment.tokenizer(images)
+    index = revealed[:, 2].float().topk(int(revealed[0, 2].sum())).indices.sort(1).values
+    assert torch.allclose(errors[:, 2], environment.errors(tokens, index, (4, 4)), atol=1e-5)
+
+
+def test_it_learns_which_patches_matter():
+    """Errors made by a known rule: in each image one bright patch, anywhere, explains half of all the others."""
+    model = ranker(phases=(0.0,)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+
+    def bright(batch):
+        where = torch.randint(0, 16, (batch,))
+        tokens = torch.zeros(batch, 16, 48)
+        tokens[torch.arange(batch), where] = 2.0
+        return unpatchify(tokens, (4, 4), 4), where
+
+    for _ in range(200):
+        images, where = bright(32)
+        visible = torch.zeros(32, 16, dtype=torch.bool)
+        revealed = torch.rand(32, 4, 16) < torch.rand(32, 4, 1) * 0.5
+        revealed[:, 0] = False
+        known = revealed.gather(2, where.view(-1, 1, 1).expand(-1, 4, 1))
+        errors = torch.where(known, 0.3, 0.6).expand(-1, -1, 16) * ~revealed
+        out = model(images, visible, revealed, errors)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+    images, where = bright(16)
+    assert (model.eval().rank(images).argmax(1) == where).float().mean() > 0.9
+
+
+def test_cost_at_224_px_is_within_the_budget():
+    model = timm.create_model("collapse_ranker_tiny_224").eval()
+    macs = count_macs(lambda: model.rank(torch.randn(1, 3, 224, 224), upto=44))
+    assert 0.3e9 < macs <= 0.5e9
+
+
+def test_ranker_compiles():
+    model, images = ranker(), torch.randn(2, 3, 16, 16)
+    visible = torch.zeros(2, 16, dtype=torch.bool)
+    compiled = torch.compile(model.factors, backend="aot_eager", fullgraph=True)
+    for a, b in zip(model.factors(images, visible), compiled(images, visible)):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+# -- CollapseOrder -------------------------------------------------------------------------------------------------------
+
+
+def comae():
+    return timm.create_model("comae_tiny", img_size=16, patch_size=4, dim=32, depth=1, decoder_dim=32, decoder_depth=1)
+
+
+@pytest.mark.parametrize("make", [ranker, comae])
+def test_orderer_resamples_to_any_grid_and_is_frozen(make):
+    orderer = CollapseOrder(make())
+    images = torch.randn(2, 3, 20, 20)
+    assert orderer(images).grid == (4, 4)
+    fine = orderer(images, grid=(9, 7), upto=10)
+    assert fine.grid == (9, 7) and torch.equal(fine.ranks.sort(1).values, torch.arange(63).expand(2, -1))
+    assert not any(p.requires_grad for p in orderer.parameters()) and not orderer.model.training
+
+
+def test_orderer_errors_name_what_was_given():
+    orderer = CollapseOrder(ranker())
+    images = torch.randn(2, 3, 16, 16)
+    cases = [
+        (lambda: orderer(images[0]), "images"),
+        (lambda: orderer(images.round().long()), "images"),
+        (lambda: orderer(torch.full((1, 3, 16, 16), float("nan"))), "images"),
+        (lambda: orderer(images, grid=(0, 4)), "grid"),
+        (lambda: orderer(images, upto=17), r"upto.*\[1, 16\].*17"),
+        (lambda: CollapseOrder.baseline("randm"), "randm.*random"),
+        (lambda: CollapseOrder.baseline("halton")(images), "grid"),
+        (lambda: CollapseOrder(torch.nn.Linear(2, 2)), "Linear"),
+        (lambda: orderer.graph(images), "CoMAE"),
+        (lambda: CollapseOrder.from_pretrained("nothing_like_this"), "nothing_like_this"),
+        (lambda: orderer(images).keep(0.0), "keep"),
+        (lambda: orderer(images).keep(1.5), "keep"),
+    ]
+    for call, message in cases:
+        with pytest.raises(CollapseError, match=message):
+            call()
+
+
+def test_random_baseline_is_seeded():
+    images = torch.zeros(2, 3, 8, 8)
+    first, second = (CollapseOrder.baseline("random", seed=3) for _ in range(2))
+    assert torch.equal(first(images, (4, 4)).ranks, second(images, (4, 4)).ranks)
+    assert not torch.equal(first(images, (4, 4)).ranks, first(images, (4, 4)).ranks[[1, 0]])

@@ -1,0 +1,56 @@
+"""Measured tables: each command writes its own section of docs/results.md and the numbers as JSON beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path("docs/results.md")
+
+
+def hardware() -> str:
+    """Class of the hardware, e.g. "2 CPU cores (x86_64)" or a GPU's name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys as a markdown table."""
+    keys = list(rows[0])
+    lines = ["| " + " | ".join(keys) + " |", "|" + "|".join("---" for _ in keys) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in rows])
+
+
+def write_section(name: str, title: str, text: str, data: dict[str, Any], results: Path = RESULTS) -> None:
+    """Replace (or append) one section of the results page, and write `<name>.json` beside it.
+
+    Args:
+        name: Identifier of the section and name of the JSON file.
+        title: Heading.
+        text: Markdown: tables and what they show.
+        data: The numbers, JSON-serialisable; command, versions and hardware are added.
+        results: The page.
+    """
+    command = shlex.join(["python", *(_relative(argument) for argument in sys.argv)])
+    results.parent.mkdir(parents=True, exist_ok=True)
+    body = f"<!-- {name} -->\n## {title}\n\n{text}\n\nCommand: `{command}`; {hardware()}.\n<!-- end {name} -->\n"
+    page = results.read_text() if results.exists() else "# Results\n\nWritten by the commands that measure.\n\n"
+    pattern = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- end {re.escape(name)} -->\n", re.DOTALL)
+    page = pattern.sub(lambda _: body, page) if pattern.search(page) else page.rstrip("\n") + "\n\n" + body
+    results.write_text(page)
+    facts = {"command": command, "hardware": hardware(), "torch": torch.__version__}
+    (results.parent / f"{name}.json").write_text(json.dumps({**facts, **data}, indent=1) + "\n")
+
+
+def _relative(argument: str) -> str:
+    """Absolute paths are those of one machine: keep the last two parts."""
+    return "/".join(Path(argument).parts[-2:]) if argument.startswith(("/", "..")) else argument
