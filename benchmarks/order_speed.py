@@ -50,12 +50,13 @@ def main() -> None:
     for precision in (torch.float32, torch.bfloat16):
         with torch.autocast(device, precision, enabled=precision is not torch.float32):
             found[precision] = images_per_second(calls, args.batch_size, args.runs)
-    rows = [{"model": name, "GMACs an image": f"{macs[name] / 1e9:.3f}", "images/s fp32": f"{found[torch.float32][name]:.1f}",
+    rows = [{"model": name, "GMACs an image": f"{macs[name] / 1e9:.3f}",
+             "images/s fp32": f"{found[torch.float32][name]:.1f}",
              "images/s bf16": f"{found[torch.bfloat16][name]:.1f}"} for name in calls]  # fmt: skip
     exact, cheap = "comae_tiny's sizes at 224 px, 14 x 14 patches (196 passes)", "collapse_ranker_tiny_224, first 22%"
-    text = (f"Batch {args.batch_size}, {device}, median of {args.runs} runs in turn, pre-processing excluded, random weights "
-            f"(the cost does not depend on them).\n\n{markdown_table(rows)}\n\nRatio of ranker (first 22%) to exact CoMAE at "
-            f"224 px, fp32: {found[torch.float32][cheap] / found[torch.float32][exact]:.0f}x.")  # fmt: skip
+    text = (f"Batch {args.batch_size}, {device}, median of {args.runs} runs in turn, pre-processing excluded, random "
+            f"weights (the cost does not depend on them).\n\n{markdown_table(rows)}\n\nRatio of ranker (first 22%) to exact CoMAE "
+            f"at 224 px, fp32: {found[torch.float32][cheap] / found[torch.float32][exact]:.0f}x.")  # fmt: skip
     data = {"macs": macs, **{str(k): v for k, v in found.items()}}
     write_section("order_speed", "Cost of the orderers", text, data)
     print(text)

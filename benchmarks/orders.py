@@ -100,10 +100,10 @@ def main() -> None:
                      "Spearman between images": f"{found['image_spearman']:.3f}"})  # fmt: skip
     text = [
         f"{count} images of {Path(args.dataset).name} ({args.split}{', part ' + args.part if args.part else ''}), grid "
-        f"{grid[0]} x {grid[1]}. `area`: mean over the number k of visible patches of the mean L1 error of the hidden ones; "
-        "`summed`: of their summed error (Definition 1 of the paper: early k weigh more); `at k`: error at k visible "
-        "patches; all relative to random order, lower is better. `entropy`: mean over k of the summed Laplace entropy of the "
-        "hidden patches, nats a feature, difference to random.",
+        f"{grid[0]} x {grid[1]}. `area`: mean over the number k of visible patches of the mean L1 error of the hidden "
+        "ones; `summed`: of their summed error (Definition 1 of the paper: early k weigh more); `at k`: error at k visible "
+        "patches; all relative to random order, lower is better. `entropy`: mean over k of the summed Laplace entropy of "
+        "the hidden patches, nats a feature, difference to random.",
         markdown_table(rows),
     ]
     if args.oracle:
@@ -149,8 +149,8 @@ def oracle_text(args, judge, images, orders, curves, visible, numbers) -> str:
     way = (relative[best] - relative["ranker"]) / (relative[best] - relative["greedy oracle"])
     numbers["oracle"] = {**relative, "images": args.oracle, "way_from_best_baseline": way}
     listed = ", ".join(f"{name} {value:+.1%}" for name, value in sorted(relative.items(), key=lambda item: item[1]))
-    return (f"Greedy oracle (sees the judge's true errors), {args.oracle} images, area against random: {listed}. The ranker "
-            f"covers {way:.0%} of the way from the best baseline ({best}) to the oracle.")  # fmt: skip
+    return (f"Greedy oracle (sees the judge's true errors), {args.oracle} images, area against random: {listed}. The "
+            f"ranker covers {way:.0%} of the way from the best baseline ({best}) to the oracle.")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole way in miniature, offline on scikit-learn's digits: CoMAE, its graph, the ranker, and what their orders are worth."""
+"""The whole way in miniature, offline on scikit-learn's digits: CoMAE, the ranker, and what their orders are worth."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int
 
 
 def _run(model: nn.Module, folder: Path, part: str, seed: int, steps: int, batch_size: int = 32) -> Run:
-    args = TrainArgs(output=str(folder), steps=steps, batch_size=batch_size, lr=2e-3, ema=0.99, seed=seed, resume="none",
-                     tensorboard=False)  # fmt: skip
+    args = TrainArgs(output=str(folder), steps=steps, batch_size=batch_size, lr=2e-3, ema=0.99, seed=seed,
+                     resume="none", tensorboard=False)  # fmt: skip
     transform = train_transform(SIZE, TIN_MEAN, TIN_STD, scale=(0.7, 1.0), flip=False)
     return Run(args, model, open_dataset("digits", "train", part).dataset, transform, find_unused=True)
 

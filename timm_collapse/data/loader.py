@@ -47,8 +47,7 @@ class _Transformed(Dataset):
 
 
 class _Steps(Sampler):
-    """Batches of (position, index) from `start_step` on; every epoch is its own permutation; the last part of a batch is
-    filled from the next epoch."""
+    """Batches of (position, index) from `start_step` on; every epoch is its own permutation."""
 
     def __init__(self, length: int, batch: int, steps: range, seed: int, rank: int, world: int):
         self.length, self.batch, self.steps, self.seed, self.rank, self.world = length, batch, steps, seed, rank, world

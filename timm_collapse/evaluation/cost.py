@@ -10,7 +10,7 @@ import torch
 
 @torch.no_grad()
 def count_macs(function: Callable[[], object]) -> int:
-    """Multiply-accumulates of matrix products, convolutions and attention in one call (PyTorch's own FLOP counter / 2)."""
+    """Multiply-accumulates of matrix products, convolutions and attention in one call (PyTorch's FLOP counter / 2)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

@@ -20,7 +20,8 @@ def hardware() -> str:
     """Class of the hardware, e.g. "2 CPU cores (x86_64)" or a GPU's name."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores ({platform.machine()})"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU cores ({platform.machine()})"
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:

@@ -64,8 +64,10 @@ def _area(x: Tensor, y: Tensor) -> float:
 
 
 def visible_counts(num_patches: int, points: int = 0) -> list[int]:
-    """Numbers of visible patches to measure: all from 0 to N - 1, or about `points`, dense at the start; 6, 14 and 32 of
-    64 (and the same shares of other N) are always among them."""
+    """Numbers of visible patches to measure: all from 0 to N - 1, or about `points`, dense at the start.
+
+    6, 14 and 32 of 64 (and the same shares of other N) are always among them.
+    """
     if not points or points >= num_patches:
         return list(range(num_patches))
     spread = {round((num_patches - 1) * (i / (points - 1)) ** 1.5) for i in range(points)}
@@ -112,8 +114,8 @@ def uncertainty_curve(
 def greedy_oracle(judge: Reconstructor, images: Tensor, upto: int | None = None) -> Order:
     """The order that an oracle would choose: each next patch is the one after which the judge's true error is least.
 
-    It looks at the hidden patches' true errors, so it bounds from below what greedy orders can reach; N passes of the judge a
-    step.
+    It looks at the hidden patches' true errors, so it bounds from below what greedy orders can reach; N passes of the
+    judge a step.
 
     Args:
         judge: Reconstructor.

@@ -26,9 +26,10 @@ RECIPES = {
 class CoMAE(nn.Module):
     """Encoder of weights, noise injection, decoder of the target patch.
 
-    `recipe="paper"` is the published method. "stable" departs from it where it is ill-posed at small scale (with a strong
-    decoder and no price on weights w drifts to 1, with a weak one the mask does not polarise; the measured ablation is in
-    docs/results.md); each of its choices can be overridden alone.
+    `recipe="paper"` is the published method. "stable" departs from it where it is ill-posed at small scale (with a
+    strong
+    decoder and no price on weights w drifts to 1, with a weak one the mask does not polarise; the measured ablation is
+    in docs/results.md); each of its choices can be overridden alone.
 
     Args:
         img_size: Image side in pixels.
@@ -152,7 +153,8 @@ class CoMAE(nn.Module):
         else:
             # The head starts at 0: the image term starts silent, yet has a gradient
             match = torch.einsum("bd,bnd->bn", self.encoder["head"](x[:, 0]), x[:, 1:]) * x.shape[-1] ** -0.5
-            # Adam moves a table entry by about the learning rate a step: scaled, logits of +-2 are some hundred steps away
+            # Adam moves a table entry by about the learning rate a step: scaled, logits of +-2 are some hundred steps
+            # away
             logits = match + 8.0 * self.encoder["offsets"](self._offset_index(targets, index)).squeeze(-1)
         return (0.5 + 0.5 * torch.tanh(logits.float())).view(b, m, -1)
 

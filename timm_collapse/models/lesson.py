@@ -1,4 +1,4 @@
-"""What the ranker learns from: visible sets, sets that reveal more, and the errors that a reconstructor leaves after each."""
+"""What the ranker learns from: visible sets, sets that reveal more, and the errors that a reconstructor leaves."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .reconstructor import Reconstructor
 class Lesson:
     """Draws sets of patches and measures what a frozen reconstructor does not know after each.
 
-    Every step the visible set is empty (4 in 10) or has a random size; of the further sets half reveal one patch more, so
-    that gains are learned, the others a log-uniform number, so that a long greedy prefix stays calibrated.
+    Every step the visible set is empty (4 in 10) or has a random size; of the further sets half reveal one patch more,
+    so that gains are learned, the others a log-uniform number, so that a long greedy prefix stays calibrated.
 
     Args:
         reconstructor: The environment; frozen here.

@@ -18,7 +18,8 @@ class CollapseOrder(nn.Module):
     """Orders the patches of images: those that tell most about the others first.
 
     Args:
-        model: A `CoMAE` (exact: its dependency graph, then `ranking`), a `Ranker` (one cheap pass or a few phases), or the
+        model: A `CoMAE` (exact: its dependency graph, then `ranking`), a `Ranker` (one cheap pass or a few phases), or
+        the
             name of a baseline.
         ranking: For a CoMAE: "coverage", "pagerank", "in_degree" or "transposed".
         damping: For the rankings that walk.
@@ -57,7 +58,8 @@ class CollapseOrder(nn.Module):
         """Load a trained orderer.
 
         Args:
-            name: A registered model with weights ("collapse_ranker_tiny"), a local folder, or a Hub id ("me/my-ranker").
+            name: A registered model with weights ("collapse_ranker_tiny"), a local folder, or a Hub id
+            ("me/my-ranker").
             kwargs: For `CollapseOrder`: ranking, damping.
 
         Raises:
@@ -72,7 +74,7 @@ class CollapseOrder(nn.Module):
         else:
             known = [m for m in timm.list_models(pretrained=True) if m.startswith(("collapse_ranker", "comae"))]
             raise CollapseError(
-                f"name: {name!r} is neither a registered model, a local folder, nor a Hub id; bundled: {', '.join(known)}"
+                f"name: {name!r} is neither a registered model, a folder, nor a Hub id; bundled: {', '.join(known)}"
             )
         try:
             return cls(timm.create_model(source, pretrained=True), **kwargs)

@@ -57,8 +57,8 @@ class PixelTokenizer(nn.Module):
 class VaeTokenizer(nn.Module):
     """One token per latent position of a diffusers AutoencoderKL, scaled to about unit variance.
 
-    MAR's KL-16 (256 px -> 256 tokens of 16 channels) is the paper's setting; its weights in diffusers' layout are on the
-    Hub as `xwen99/mar-vae-kl16`. The VAE is frozen and takes pixels in [-1, 1].
+    MAR's KL-16 (256 px -> 256 tokens of 16 channels) is the paper's setting; its weights in diffusers' layout are on
+    the Hub as `xwen99/mar-vae-kl16`. The VAE is frozen and takes pixels in [-1, 1].
 
     Args:
         vae: A loaded `diffusers.AutoencoderKL`, a Hub id, or a local folder.

@@ -1,4 +1,4 @@
-"""The one transformer of the package: timm's EvaBlock with axial RoPE, on whole grids or on a subset of each image's tokens."""
+"""The one transformer of the package: timm's EvaBlock with axial RoPE, on whole grids or a subset of the tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def positions(self, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
-        """Rotary table of a grid, (N, 2 head_dim), or of the tokens `index` (B, k) of each image, (B, 1, k, 2 head_dim)."""
+        """Rotary table of a grid, (N, 2 head_dim), or of each image's tokens `index` (B, k), (B, 1, k, 2 head_dim)."""
         table = self.rope.get_embed(list(grid))
         return table if index is None else table[index].unsqueeze(1)
 

@@ -30,8 +30,8 @@ def expected_errors(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor
 def condition(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor:
     """Loadings on the factors as they are left once sets of patches are revealed.
 
-    The posterior covariance of the factors is (I + G_S' D_S^-1 G_S)^-1 = (L L')^-1, so L^-1 g_n are loadings on factors of
-    unit variance again.
+    The posterior covariance of the factors is (I + G_S' D_S^-1 G_S)^-1 = (L L')^-1, so L^-1 g_n are loadings on
+    factors of unit variance again.
 
     Args:
         loadings: (B, N, r).
