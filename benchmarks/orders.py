@@ -101,9 +101,9 @@ def main() -> None:
     text = [
         f"{count} images of {Path(args.dataset).name} ({args.split}{', part ' + args.part if args.part else ''}), grid "
         f"{grid[0]} x {grid[1]}. `area`: mean over the number k of visible patches of the mean L1 error of the hidden "
-        "ones; `summed`: of their summed error (Definition 1 of the paper: early k weigh more); `at k`: error at k visible "
-        "patches; all relative to random order, lower is better. `entropy`: mean over k of the summed Laplace entropy of "
-        "the hidden patches, nats a feature, difference to random.",
+        "ones; `summed`: of their summed error (Definition 1 of the paper: early k weigh more); `at k`: error at k "
+        "visible patches; all relative to random order, lower is better. `entropy`: mean over k of the summed Laplace "
+        "entropy of the hidden patches, nats a feature, difference to random.",
         markdown_table(rows),
     ]
     if args.oracle:

@@ -60,7 +60,7 @@ def test_broken_folders_are_one_clear_error(tmp_path):
 
 def test_models_are_registered():
     assert {"comae_tiny", "comae_base_kl16_256", "comae_base_kl16_256_wide_encoder"} <= set(timm.list_models("*comae*"))
-    assert "collapse_ranker_tiny_224" in timm.list_models("collapse_*", pretrained=True)
+    assert "collapse_ranker_tiny_224.photos" in timm.list_models("collapse_*", pretrained=True)
 
 
 @pytest.mark.parametrize("folder", sorted(p.name for p in WEIGHTS.iterdir() if p.is_dir()))
