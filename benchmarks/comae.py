@@ -76,8 +76,8 @@ def main() -> None:
     text = [
         f"{args.images} images of {Path(args.dataset).name} ({args.split}); all runs {steps} steps, the same data "
         "and seeds. L1: error of the target under the model's own mask, mean over features; the paper sums. `L1, all "
-        "seen`: with all weights 1. `entropy`: H_mask, a target's sum of -w log w. `static`: mean cosine between the rows "
-        "of the same target in different images (1 = the mask does not see the image).",
+        "seen`: with all weights 1. `entropy`: H_mask, a target's sum of -w log w. `static`: mean cosine between the "
+        "rows of the same target in different images (1 = the mask does not see the image).",
         markdown_table(rows),
         "The same graphs ranked: area against random order, of mean / summed hidden error (Spearman between the orders "
         "of different images).",

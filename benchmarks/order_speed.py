@@ -54,9 +54,10 @@ def main() -> None:
              "images/s fp32": f"{found[torch.float32][name]:.1f}",
              "images/s bf16": f"{found[torch.bfloat16][name]:.1f}"} for name in calls]  # fmt: skip
     exact, cheap = "comae_tiny's sizes at 224 px, 14 x 14 patches (196 passes)", "collapse_ranker_tiny_224, first 22%"
+    ratio = found[torch.float32][cheap] / found[torch.float32][exact]
     text = (f"Batch {args.batch_size}, {device}, median of {args.runs} runs in turn, pre-processing excluded, random "
-            f"weights (the cost does not depend on them).\n\n{markdown_table(rows)}\n\nRatio of ranker (first 22%) "
-            f"to exact CoMAE at 224 px, fp32: {found[torch.float32][cheap] / found[torch.float32][exact]:.0f}x.")  # fmt: skip
+            f"weights (the cost does not depend on them).\n\n{markdown_table(rows)}\n\nRatio of ranker "
+            f"(first 22%) to exact CoMAE at 224 px, fp32: {ratio:.0f}x.")  # fmt: skip
     data = {"macs": macs, **{str(k): v for k, v in found.items()}}
     write_section("order_speed", "Cost of the orderers", text, data)
     print(text)

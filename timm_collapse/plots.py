@@ -274,7 +274,7 @@ def plot_uncertainty(curves: Mapping[str, Sequence[float] | Tensor], visible: Se
     if len(x) < 2 or lengths != {x.shape}:
         raise CollapseError(f"curves must be of one length, at least 2 and that of visible, got {sorted(lengths)}")
     areas = {name: (np.diff(x) * (c[1:] + c[:-1]) / 2).sum() / (x[-1] - x[0]) for name, c in values.items()}
-    figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+    figure = Figure(figsize=(9.2, 4.4), layout="constrained")
     ax = figure.subplots()
     drawn = {}
     for name, curve in values.items():
@@ -288,7 +288,10 @@ def plot_uncertainty(curves: Mapping[str, Sequence[float] | Tensor], visible: Se
     labels = [f"{name}  {areas[name]:.3f}{_against(areas, name)}" for name in best_first]
     title = "mean error (against random)" if "random" in areas else "mean error"
     lines = [drawn[name] for name in best_first]
-    legend = ax.legend(lines, labels, title=title, fontsize=TICK, title_fontsize=TICK, frameon=False, alignment="left")
+    legend = ax.legend(
+        lines, labels, title=title, fontsize=TICK, title_fontsize=TICK, frameon=False, alignment="left",
+        loc="upper left", bbox_to_anchor=(1.0, 1.0),
+    )  # fmt: skip
     for text in legend.get_texts():
         text.set_parse_math(False)
     ax.set_xlabel("visible patches", fontsize=LABEL)
