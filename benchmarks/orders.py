@@ -19,7 +19,7 @@ from timm_collapse.data import eval_transform, open_dataset
 from timm_collapse.evaluation import greedy_oracle, uncertainty_curve
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.evaluation.uncertainty import visible_counts
-from timm_collapse.order import BASELINES, image_dependence
+from timm_collapse.order import BASELINES, image_dependence, spearman
 from timm_collapse.plots import plot_uncertainty, save
 
 RANKINGS = ("pagerank", "coverage", "in_degree", "transposed")
@@ -106,6 +106,11 @@ def main() -> None:
         "entropy of the hidden patches, nats a feature, difference to random.",
         markdown_table(rows),
     ]
+    if args.comae:
+        agree = {r: float(spearman(orders["ranker"], orders[f"CoMAE, {r}"]).mean()) for r in RANKINGS}
+        numbers["ranker_to_exact_spearman"] = agree
+        listed = ", ".join(f"{ranking} {value:.2f}" for ranking, value in agree.items())
+        text.append(f"Spearman of the ranker's order with the exact order of CoMAE's graph, same image: {listed}.")
     if args.oracle:
         text.append(oracle_text(args, judge, images, orders, curves, visible, numbers))
     if args.note:
