@@ -28,11 +28,22 @@ def test_scores_are_a_permutation_and_upto_agrees_with_the_whole():
 def test_upto_saves_the_later_phases():
     model, images = ranker(), torch.randn(1, 3, 16, 16)
     passes = []
-    model.trunk.register_forward_hook(lambda *_: passes.append(1))
+    model.trunk.norm.register_forward_hook(lambda *_: passes.append(1))
     for upto, expected in ((4, 1), (5, 2), (9, 3), (16, 3)):
         passes.clear()
         model.rank(images, upto=upto)
         assert len(passes) == expected
+
+
+def test_static_blocks_run_once_and_do_not_see_what_is_visible():
+    model, images = ranker(depth=3, static_depth=2), torch.randn(1, 3, 16, 16)
+    calls = []
+    for i, block in enumerate(model.trunk.blocks):
+        block.register_forward_hook(lambda *_, i=i: calls.append(i))
+    model.rank(images)
+    assert calls == [0, 1, 2, 2, 2]
+    with pytest.raises(ValueError, match="static_depth"):
+        ranker(static_depth=1)
 
 
 def test_any_image_size_is_resized_and_other_phases_can_be_asked_for():
@@ -117,8 +128,8 @@ def test_cost_at_224_px_is_within_the_budget():
 def test_ranker_compiles():
     model, images = ranker(), torch.randn(2, 3, 16, 16)
     visible = torch.zeros(2, 16, dtype=torch.bool)
-    compiled = torch.compile(model.factors, backend="aot_eager", fullgraph=True)
-    for a, b in zip(model.factors(images, visible), compiled(images, visible)):
+    compiled = torch.compile(lambda x, v: model.factors(model.static(x), v), backend="aot_eager", fullgraph=True)
+    for a, b in zip(model.factors(model.static(images), visible), compiled(images, visible)):
         assert torch.allclose(a, b, atol=1e-5)
 
 

@@ -15,8 +15,9 @@ from .reconstructor import Reconstructor
 class Lesson:
     """Draws sets of patches and measures what a frozen reconstructor does not know after each.
 
-    Every step the visible set is empty (4 in 10) or has a random size; of the further sets half reveal one patch more,
-    so that gains are learned, the others a log-uniform number, so that a long greedy prefix stays calibrated.
+    Every step the visible set is empty (4 in 10) or has a random size, small ones more often; of the further sets half
+    reveal one patch more, so that gains are learned, the others a log-uniform number, so that a long greedy prefix stays
+    calibrated.
 
     Args:
         reconstructor: The environment; frozen here.
@@ -46,17 +47,18 @@ class Lesson:
         tokens = self.reconstructor.tokenizer(images)
         grid = self.reconstructor.tokenizer.grid(images.shape[-2:])
         n = tokens.shape[1]
-        start = 0 if random.randint(0, 10) < 4 else random.randint(1, int(0.8 * n))
+        start = 0 if random.randint(0, 10) < 4 else 1 + int(0.8 * n * random.uniform() ** 2)
         order = random.rand(b, n).argsort(1)
         if policy is not None and start:
             order = policy.rank(images, upto=start).argsort(1, descending=True)
         visible = torch.zeros(b, n, dtype=torch.bool, device=images.device).scatter(1, order[:, :start], True)
         sets, errors = [visible], [self.reconstructor.errors(tokens, order[:, :start], grid)]
+        left = math.log(max(1, n - start - 1))
+        added = [1 if i % 2 == 0 else round(math.exp(random.uniform() * left)) for i in range(self.num_sets)]
         if policy is not None:
-            ahead, _ = greedy_factor_order(*policy.factors(images, visible), visible, n - start)
-        for i in range(self.num_sets):
-            left = n - start - 1
-            more = 1 if i % 2 == 0 else round(math.exp(random.uniform() * math.log(max(1, left))))
+            factors = policy.factors(policy.static(images), visible)
+            ahead, _ = greedy_factor_order(*factors, visible, max(added))
+        for i, more in enumerate(added):
             if policy is not None and i % 2:
                 extra = ahead[:, :more]
             else:

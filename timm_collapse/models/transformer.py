@@ -38,10 +38,16 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int], index: Tensor | None = None) -> Tensor:
         """(B, prefix + N or k, dim) -> the same shape."""
+        return self.norm(self.run(x, grid, index))
+
+    def run(
+        self, x: Tensor, grid: tuple[int, int], index: Tensor | None = None, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Blocks start to stop alone, without the last norm."""
         rope = self.positions(grid, index)
-        for block in self.blocks:
+        for block in self.blocks[start:stop]:
             x = block(x, rope=rope)
-        return self.norm(x)
+        return x
 
 
 def border_distances(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
