@@ -40,6 +40,7 @@ def main() -> None:
     judge = timm.create_model(f"local-dir:{args.judge}", pretrained=True).eval()
     cfg = judge.pretrained_cfg
     dataset = open_dataset(args.dataset, args.split).dataset
+    args.images = min(args.images, len(dataset))
     transform = eval_transform(judge.img_size, cfg["mean"], cfg["std"])
     images = torch.stack([transform(dataset[i * len(dataset) // args.images][0]) for i in range(args.images)])
     grid = judge.tokenizer.grid((judge.img_size, judge.img_size))

@@ -36,13 +36,15 @@ def main() -> None:
             ("vit_base_patch16_224", {}),
         )
     )
+    precision = torch.float32
+    exact_name = "comae_tiny's sizes at 224 px, 14 x 14 patches (196 passes)"
     calls = {
         "collapse_ranker_tiny, 64 px, first 22%": lambda x=small: ranker.rank(x, upto=14),
         "collapse_ranker_tiny, 64 px, whole order": lambda x=small: ranker.rank(x),
-        "comae_tiny, 64 px (64 encoder passes)": lambda x=small: comae.dependency(x),
+        "comae_tiny, 64 px (64 encoder passes)": lambda x=small: comae.dependency(x, precision=precision),
         "collapse_ranker_tiny_224, first 22%": lambda x=large: photo_ranker.rank(x, upto=43),
         "collapse_ranker_tiny_224, whole order": lambda x=large: photo_ranker.rank(x),
-        "comae_tiny's sizes at 224 px, 14 x 14 patches (196 passes)": lambda x=large: photo_comae.dependency(x),
+        exact_name: lambda x=large: photo_comae.dependency(x, precision=precision),
         "vit_base_patch16_224": lambda x=large: vit(x),
     }
     macs = {name: count_macs(call) / args.batch_size for name, call in calls.items()}
@@ -53,7 +55,7 @@ def main() -> None:
     rows = [{"model": name, "GMACs an image": f"{macs[name] / 1e9:.3f}",
              "images/s fp32": f"{found[torch.float32][name]:.1f}",
              "images/s bf16": f"{found[torch.bfloat16][name]:.1f}"} for name in calls]  # fmt: skip
-    exact, cheap = "comae_tiny's sizes at 224 px, 14 x 14 patches (196 passes)", "collapse_ranker_tiny_224, first 22%"
+    exact, cheap = exact_name, "collapse_ranker_tiny_224, first 22%"
     ratio = found[torch.float32][cheap] / found[torch.float32][exact]
     text = (f"Batch {args.batch_size}, {device}, median of {args.runs} runs in turn, pre-processing excluded, random "
             f"weights (the cost does not depend on them).\n\n{markdown_table(rows)}\n\nRatio of ranker "

@@ -145,9 +145,10 @@ def oracle_text(args, judge, images, orders, curves, visible, numbers) -> str:
     chosen = torch.arange(args.oracle) * (len(images) // args.oracle)
     few = images[chosen]
     oracle = Order.cat([greedy_oracle(judge, image) for image in tqdm(few.split(1), desc="oracle")])
-    names = ["random 0", "random 1", "bayer", "halton", "variance", "gradient", "ranker"]
+    randoms = [f"random {seed}" for seed in range(args.random_seeds)]
+    names = [*randoms, "bayer", "halton", "variance", "gradient", "ranker"]
     area = {name: measure(judge, few, orders[name][chosen], visible).area for name in names if name in orders}
-    base = (area.pop("random 0") + area.pop("random 1")) / 2
+    base = sum(area.pop(name) for name in randoms) / len(randoms)
     area["greedy oracle"] = measure(judge, few, oracle, visible).area
     relative = {name: value / base - 1 for name, value in area.items()}
     best = min((n for n in relative if n not in ("ranker", "greedy oracle")), key=relative.get)

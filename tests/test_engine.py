@@ -127,6 +127,16 @@ def test_not_finite_loss_is_an_error(tmp_path):
             training.step(training.model(images) * float("nan"))
 
 
+def test_resume_with_other_arguments_is_refused(tmp_path):
+    training = run(tmp_path, steps=2)
+    for images, _ in training:
+        training.step(training.model(images))
+    training.finish()
+    with pytest.raises(CollapseError, match="lr 0.001 -> 0.5"):
+        run(tmp_path, steps=2, lr=0.5)
+    assert run(tmp_path, steps=3, log_every=1).done == 2  # longer, or logged otherwise: allowed
+
+
 def test_checkpoint_of_another_model_is_refused(tmp_path):
     training = run(tmp_path)
     for images, _ in training:
@@ -139,11 +149,13 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
 def test_arguments_from_file_and_their_errors(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("steps: 7\nlr: 0.5\n")
     (tmp_path / "b.json").write_text('{"stepz": 7}')
-    args = parse_args(TrainArgs, "", ["--config", str(tmp_path / "a.yaml"), "--lr", "0.25"])
+    args = parse_args(TrainArgs, "", [f"--config={tmp_path / 'a.yaml'}", "--lr", "0.25"])
     assert (args.steps, args.lr) == (7, 0.25)
     for argv, message in (
         (["--config", str(tmp_path / "b.json")], "stepz"),
         (["--config", str(tmp_path / "none.json")], "existing"),
+        (["--bogus", "1"], "--bogus"),
+        (["--precision", "bf32"], "bf32"),
         (["--steps", "0"], "steps: must be at least 1, got 0"),
         (["--resume", "maybe"], "'maybe'"),
     ):

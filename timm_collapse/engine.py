@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from .data import StepLoader
 from .order import CollapseError
 
+MAY_CHANGE = ("output", "workers", "log_every", "checkpoint_minutes", "resume", "tensorboard", "steps")
+"""Arguments that a resumed run may change; with other `steps` the schedule is that of the new number."""
+
 
 @dataclass
 class TrainArgs:
@@ -55,7 +58,9 @@ class TrainArgs:
     tensorboard: bool = field(default=True, metadata={"help": "Also write tensorboard events, if it is installed."})
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "grad_accum"):
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise CollapseError(f"precision: must be no, bf16 or fp16, got {self.precision!r}")
+        for name in ("steps", "batch_size", "grad_accum", "log_every"):
             if getattr(self, name) < 1:
                 raise CollapseError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.resume not in ("auto", "none"):
@@ -71,8 +76,9 @@ def parse_args(cls: type, description: str, argv: list[str] | None = None):
 
     from transformers import HfArgumentParser
 
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for a in (sys.argv[1:] if argv is None else argv) for part in _split_config(a)]
     parser = HfArgumentParser(cls, description=description)
+    parser.add_argument("--config", metavar="FILE", help="JSON or YAML file; the command line overrides it")
     if "--config" in argv:
         at = argv.index("--config")
         path = Path(argv[at + 1]) if at + 1 < len(argv) else None
@@ -84,14 +90,32 @@ def parse_args(cls: type, description: str, argv: list[str] | None = None):
         unknown = set(values) - {action.dest for action in parser._actions}
         if unknown:
             parser.error(f"--config {path}: unknown arguments {sorted(unknown)}")
+        values = {key: json.dumps(v) if isinstance(v, dict) else v for key, v in values.items()}
         parser.set_defaults(**values)
         del argv[at : at + 2]
     try:
-        args = parser.parse_args_into_dataclasses(args=argv)[0]
-        torch.manual_seed(args.seed)
-        return args
+        args, *_, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     except CollapseError as error:
         parser.error(str(error))
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    torch.manual_seed(args.seed)
+    return args
+
+
+def _split_config(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a train script's main; what a user can mend is one line, not a stack trace."""
+    import sys
+
+    try:
+        main()
+    except CollapseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def use_plain_attention(model: nn.Module) -> None:
@@ -224,11 +248,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(self.done)
         self.micro += 1
-        if self.micro < self.args.grad_accum and self.world > 1:
-            with self.accelerator.no_sync(self.model):
-                self.accelerator.backward(loss / self.args.grad_accum)
-        else:
-            self.accelerator.backward(loss / self.args.grad_accum)
+        self.accelerator.backward(loss / self.args.grad_accum)
         for name, value in (metrics or {"loss": loss}).items():
             self._sums[name] = self._sums.get(name, 0.0) + torch.as_tensor(value, dtype=torch.float32).detach().cpu()
             self._counts[name] = self._counts.get(name, 0) + 1
@@ -247,7 +267,7 @@ class Run:
         self._bar.update(1)
         if self.done % self.args.log_every == 0 or self.done == self.args.steps:
             self._log()
-        if time.monotonic() - self._saved_at >= 60 * self.args.checkpoint_minutes:
+        if self._checkpoint_is_due():
             self.save_checkpoint()
 
     def finish(self) -> nn.Module:
@@ -295,15 +315,25 @@ class Run:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    def _checkpoint_is_due(self) -> bool:
+        """The main process's clock decides for all: each on its own, they would wait for each other for ever."""
+        due = time.monotonic() - self._saved_at >= 60 * self.args.checkpoint_minutes
+        if self.world == 1:
+            return due
+        flag = torch.tensor(float(due and self.is_main), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
     def save_checkpoint(self) -> None:
         """Write all state to `checkpoint.pt`, atomically: a killed run leaves the previous one."""
         self._saved_at = time.monotonic()
         if self.is_main:
             state = {
                 "done": self.done,
+                "args": json.dumps(asdict(self.args)),
                 "model": self.bare.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema else None,
                 "optimizer": self.optimizer.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "sums": self._sums,
                 "counts": self._counts,
             }
@@ -321,7 +351,16 @@ class Run:
             self.bare.load_state_dict(state["model"])
         except RuntimeError as error:
             raise CollapseError(f"output: {path} holds another model; choose another folder. {error}") from error
-        if self.ema and state["ema"]:
+        now, then = asdict(self.args), json.loads(state["args"])
+        changed = [key for key in now if now[key] != then.get(key) and key not in MAY_CHANGE]
+        if changed:
+            listed = ", ".join(f"{key} {then.get(key)!r} -> {now[key]!r}" for key in changed)
+            raise CollapseError(
+                f"resume: {path} was made with other arguments ({listed}); choose another output folder"
+            )
+        if self.ema:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.done, self._sums, self._counts = state["done"], state["sums"], state["counts"]

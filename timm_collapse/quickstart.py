@@ -36,6 +36,7 @@ def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int
         Area under the uncertainty curve of each order, relative to random order (-.1 = 10% less).
     """
     output, console = Path(output), Console()
+    torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     console.print("[bold]1/4[/] Two masked reconstructors: one to learn from, and a judge that no orderer will see")
     environment = _train_reconstructor(output / "environment", "0/2", seed + 1, steps)
@@ -61,7 +62,7 @@ def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int
     run = _run(
         timm.create_model("collapse_ranker_tiny", **SHAPE, dim=64, depth=2), output / "ranker", "0/2", seed, steps
     )
-    lesson = Lesson(environment)
+    lesson = Lesson(environment.to(run.accelerator.device))
     for batch, _ in run:
         own = run.progress > 0.1 and run.uniform() < 0.4
         out = run.model(batch, *lesson(batch, run, run.bare if own else None))
@@ -95,7 +96,7 @@ def _run(model: nn.Module, folder: Path, part: str, seed: int, steps: int, batch
 
 
 def _finished(run: Run) -> nn.Module:
-    model = run.finish()
+    model = run.finish().cpu()
     save_model(model, run.output, recipe=run.args)
     return model
 

@@ -13,7 +13,7 @@ import timm
 
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse.data import open_dataset, train_transform
-from timm_collapse.engine import Run, TrainArgs, parse_args
+from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
 from timm_collapse.hub import save_model
 from timm_collapse.models.comae import alternate
 
@@ -46,8 +46,10 @@ def main() -> None:
             out = run.model(images, **arguments)
         # Random masks only feed the decoder: the log is of the encoder's own masks.
         run.step(out["loss"], out if arguments["mask"] is None else {"l1_random": out["l1"]}, frozen)
-    save_model(run.finish(), args.output, recipe=args)
+    model = run.finish()
+    if run.is_main:
+        save_model(model, args.output, recipe=args)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import timm
 
-import timm_collapse  # noqa: F401  (registers the models)
+from timm_collapse import CollapseError
 from timm_collapse.data import open_dataset, train_transform
-from timm_collapse.engine import Run, TrainArgs, parse_args
+from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
 from timm_collapse.hub import load_weights, save_model
 from timm_collapse.models.lesson import Lesson
 
@@ -45,6 +45,9 @@ def main() -> None:
     cfg = environment.pretrained_cfg
     dataset = open_dataset(args.dataset, args.split, args.part).dataset
     transform = train_transform(environment.img_size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
+    h, w = environment.tokenizer.grid((environment.img_size, environment.img_size))
+    if (h, w) != model.grid:
+        raise CollapseError(f"reconstructor: its grid {h} x {w} must be that of the ranker, {model.grid}")
     run = Run(args, model, dataset, transform)
     lesson = Lesson(environment.to(run.accelerator.device), args.sets)
     for images, _ in run:
@@ -53,8 +56,10 @@ def main() -> None:
             visible, revealed, errors = lesson(images, run, run.bare if own else None)
             out = run.model(images, visible, revealed, errors)
         run.step(out["loss"], out)
-    save_model(run.finish(), args.output, recipe=args)
+    model = run.finish()
+    if run.is_main:
+        save_model(model, args.output, recipe=args)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

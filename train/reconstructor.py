@@ -12,7 +12,7 @@ import timm
 
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse.data import open_dataset, train_transform
-from timm_collapse.engine import Run, TrainArgs, parse_args
+from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
 from timm_collapse.hub import load_weights, save_model
 
 
@@ -45,8 +45,10 @@ def main() -> None:
         with run.accelerator.autocast():
             out = run.model(images, run.rand(len(images), h * w), run.randint(0, h * w))
         run.step(out["loss"], out)
-    save_model(run.finish(), args.output, recipe=args)
+    model = run.finish()
+    if run.is_main:
+        save_model(model, args.output, recipe=args)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -51,8 +51,22 @@ def test_any_image_size_is_resized_and_other_phases_can_be_asked_for():
     assert model.rank(torch.randn(2, 3, 40, 24)).shape == (2, 16)
     one, three = (model.rank(torch.ones(1, 3, 16, 16), phases=p) for p in ((0.0,), (0.0, 0.25, 0.5)))
     assert torch.equal(one.topk(4).indices, three.topk(4).indices)
-    with pytest.raises(ValueError, match="phases"):
-        ranker(phases=(0.1, 0.5))
+    for call in (lambda: ranker(phases=(0.1, 0.5)), lambda: model.rank(torch.ones(1, 3, 16, 16), phases=(0.5,))):
+        with pytest.raises(CollapseError, match="phases must ascend"):
+            call()
+
+
+def test_tiny_grids_and_bfloat16_work():
+    scores = ranker(img_size=8, phases=(0.0, 0.06, 0.3)).rank(torch.randn(2, 3, 8, 8))
+    assert torch.equal(scores.sort(1).values, torch.tensor([[0.25, 0.5, 0.75, 1.0]] * 2))
+    assert ranker().bfloat16().rank(torch.randn(2, 3, 16, 16).bfloat16()).shape == (2, 16)
+    for kwargs, message in (
+        ({"in_chans": 1}, "in_chans"),
+        ({"img_size": (16, 8)}, "square"),
+        ({"img_size": 18}, "multiple"),
+    ):
+        with pytest.raises(CollapseError, match=message):
+            ranker(**kwargs)
 
 
 def test_an_image_is_ordered_alike_alone_and_in_a_batch():

@@ -99,9 +99,12 @@ def open_dataset(name: str, split: str = "train", part: str = "") -> DatasetInfo
         return DatasetInfo(joined, max(o.num_classes for o in opened))
     names = next((group for group in (TRAIN_NAMES, VALIDATION_NAMES) if split in group), (split,))
     if name == "digits":
+        if split not in TRAIN_NAMES + VALIDATION_NAMES:
+            raise CollapseError(f"split: digits has train and validation, got {split!r}")
         info = DatasetInfo(Digits(split), 10)
     elif Path(name).is_dir() and (found := sorted(Path(name).glob("**/*.parquet"))):
-        files = [f for f in found if any(f.name.startswith(n) for n in names)]
+        groups = ([f for f in found if f.name.startswith(n)] for n in sorted(names, key=lambda n: n != split))
+        files = next((group for group in groups if group), [])
         if not files:
             raise CollapseError(f"split: {name} has no parquet file of split {split!r}, only {[f.name for f in found]}")
         dataset = ParquetImages(files)
@@ -123,9 +126,15 @@ def _open_timm(name: str, split: str) -> DatasetInfo:
     root = name if Path(name).exists() else None
     if root is None and "/" not in name:
         raise CollapseError(f"dataset: {name!r} is neither 'digits', a folder, nor a timm data set such as hfds/<id>")
+    folders = {p.name for p in Path(root).iterdir() if p.is_dir()} if root else set()
+    synonyms = TRAIN_NAMES if split in TRAIN_NAMES else VALIDATION_NAMES
+    if folders & set(TRAIN_NAMES + VALIDATION_NAMES) and not folders & {split, *synonyms}:
+        raise CollapseError(f"split: {name} has no folder of split {split!r}, only {sorted(folders)}")
     try:
         dataset = create_dataset("" if root else name, root=root, split=split)
     except (AssertionError, FileNotFoundError, RuntimeError, ValueError) as error:
         raise CollapseError(f"dataset: {name!r} could not be opened: {error}") from error
+    if not hasattr(dataset, "__getitem__"):
+        raise CollapseError(f"dataset: {name!r} can only be streamed; training needs a data set with random access")
     classes = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
     return DatasetInfo(dataset, len(classes))

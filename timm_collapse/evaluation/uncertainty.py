@@ -68,7 +68,7 @@ def visible_counts(num_patches: int, points: int = 0) -> list[int]:
 
     6, 14 and 32 of 64 (and the same shares of other N) are always among them.
     """
-    if not points or points >= num_patches:
+    if points < 2 or points >= num_patches:
         return list(range(num_patches))
     spread = {round((num_patches - 1) * (i / (points - 1)) ** 1.5) for i in range(points)}
     return sorted(spread | {round(num_patches * k / 64) for k in (6, 14, 32)} | {0, num_patches - 1})
@@ -97,6 +97,8 @@ def uncertainty_curve(
         )
     n = order.num_patches
     visible = list(range(n)) if visible is None else visible
+    if not all(0 <= k < n for k in visible) or sorted(set(visible)) != list(visible):
+        raise CollapseError(f"visible: must ascend within [0, {n - 1}], got {visible}")
     errors, entropies = torch.empty(len(visible), len(images)), torch.empty(len(visible), len(images))
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)

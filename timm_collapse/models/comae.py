@@ -50,7 +50,6 @@ class CoMAE(nn.Module):
             weight 0 still leaks a = .135, at .35 a = .017.
         contrastive: Factor on the contrastive loss between the masks of one image (paper: .01).
         min_temperature: Floor of the learned temperature of that loss, which else shrinks to satisfy it alone.
-        in_chans: Image channels.
     """
 
     def __init__(
@@ -73,7 +72,6 @@ class CoMAE(nn.Module):
         sigma: float | None = None,
         contrastive: float = 0.01,
         min_temperature: float = 0.07,
-        in_chans: int = 3,
     ):
         super().__init__()
         if recipe not in RECIPES:
@@ -90,7 +88,7 @@ class CoMAE(nn.Module):
         self.budget, self.random_share, self.decoder_first = (
             chosen["budget"], chosen["random_share"], chosen["decoder_first"]
         )  # fmt: skip
-        self.tokenizer = VaeTokenizer(vae, vae_scale) if vae else PixelTokenizer(patch_size, in_chans)
+        self.tokenizer = VaeTokenizer(vae, vae_scale) if vae else PixelTokenizer(patch_size)
         self.img_size = img_size
         self.grid = self.tokenizer.grid((img_size, img_size))
         h, w = self.grid
@@ -226,12 +224,13 @@ class CoMAE(nn.Module):
     # -- the graph -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def dependency(self, images: Tensor, max_tokens: int = 2**18) -> Tensor:
+    def dependency(self, images: Tensor, max_tokens: int = 2**18, precision: torch.dtype | None = None) -> Tensor:
         """Dependency graph of each image, one encoder pass a patch.
 
         Args:
             images: (B, C, S, S), S = img_size, normalised.
             max_tokens: Tokens in one encoder pass: bounds the memory.
+            precision: Of the matrix products; None for bfloat16 on a GPU and the weights' own elsewhere.
 
         Returns:
             (B, N, N) float32: A[i, j] = influence of patch j on patch i, 0 on the diagonal.
@@ -240,7 +239,8 @@ class CoMAE(nn.Module):
         if tuple(images.shape[-2:]) != (self.img_size, self.img_size):
             raise CollapseError(f"images: expected {self.img_size} x {self.img_size}, got {tuple(images.shape[-2:])}")
         device = images.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        precision = precision or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision is torch.bfloat16):
             tokens = self.tokenizer(images)
             n = self.num_patches
             graph = torch.zeros(len(images), n, n, device=device)
@@ -288,6 +288,8 @@ def alternate(model: CoMAE, images: Tensor, random, num_targets: int) -> tuple[d
         Arguments of `CoMAE.forward` beside the images, and the parameters that this step must not move.
     """
     b, n = len(images), model.num_patches
+    if not 1 <= num_targets <= n:
+        raise CollapseError(f"targets: must be in [1, {n}] (the patches of an image), got {num_targets}")
     targets = random.rand(b, n).argsort(1)[:, :num_targets]
     noise = random.randn(b, num_targets, n - 1, model.tokenizer.dim)
     decoder_only = random.progress < model.decoder_first

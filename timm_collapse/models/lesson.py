@@ -15,9 +15,9 @@ from .reconstructor import Reconstructor
 class Lesson:
     """Draws sets of patches and measures what a frozen reconstructor does not know after each.
 
-    Every step the visible set is empty (4 in 10) or has a random size, small ones more often; of the further sets half
-    reveal one patch more, so that gains are learned, the others a log-uniform number, so that a long greedy prefix stays
-    calibrated.
+    Every step the visible set is empty (4 in 10) or has a random size, small ones more often; of the further
+    sets half reveal one patch more, so that gains are learned, the others a log-uniform number, so that a long greedy
+    prefix stays calibrated.
 
     Args:
         reconstructor: The environment; frozen here.

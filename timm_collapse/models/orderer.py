@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..order import BASELINES, CollapseError, Order, baseline_scores, check_grid, check_images, rank_graph
+from ..order import BASELINES, RANKINGS, CollapseError, Order, baseline_scores, check_grid, check_images, rank_graph
 from .comae import CoMAE
 from .ranker import Ranker
 from .tokenizer import resize_images
@@ -18,9 +18,8 @@ class CollapseOrder(nn.Module):
     """Orders the patches of images: those that tell most about the others first.
 
     Args:
-        model: A `CoMAE` (exact: its dependency graph, then `ranking`), a `Ranker` (one cheap pass or a few phases), or
-        the
-            name of a baseline.
+        model: A `CoMAE` (exact: its dependency graph, then `ranking`), a `Ranker` (a few cheap phases), or the name of
+            a baseline. A network is frozen and put into eval mode.
         ranking: For a CoMAE: "coverage", "pagerank", "in_degree" or "transposed".
         damping: For the rankings that walk.
         seed: For the baseline "random".
@@ -32,6 +31,8 @@ class CollapseOrder(nn.Module):
 
     def __init__(self, model: CoMAE | Ranker | str, ranking: str = "pagerank", damping: float = 0.85, seed: int = 0):
         super().__init__()
+        if ranking not in RANKINGS:
+            raise CollapseError(f"ranking: must be one of {', '.join(RANKINGS)}, got {ranking!r}")
         self.ranking, self.damping = ranking, damping
         self.baseline_name = model if isinstance(model, str) else None
         if self.baseline_name is not None:
@@ -81,7 +82,7 @@ class CollapseOrder(nn.Module):
         except CollapseError:
             raise
         except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise CollapseError(f"name: {name!r} could not be loaded: {error}") from error
+            raise CollapseError(f"name: {name!r} could not be loaded: {error or type(error).__name__}") from error
 
     def forward(self, images: Tensor, grid: tuple[int, int] | None = None, upto: int | None = None) -> Order:
         """Order the patches of each image.
@@ -99,12 +100,14 @@ class CollapseOrder(nn.Module):
             raise CollapseError("grid: a baseline order needs a patch grid (h, w), got None")
         grid = check_grid(grid if grid is not None else self.grid)
         num_patches = grid[0] * grid[1]
-        if upto is not None and not 1 <= upto <= num_patches:
+        if upto is not None and not (isinstance(upto, int) and 1 <= upto <= num_patches):
             raise CollapseError(f"upto: must be in [1, {num_patches}] for grid {grid}, got {upto}")
         if self.baseline_name is not None:
             return Order(baseline_scores(self.baseline_name, images, grid, self.generator), grid)
         if isinstance(self.model, Ranker):
             own = self.model.num_patches
+            if grid[0] < self.grid[0] or grid[1] < self.grid[1]:
+                upto = None  # a coarser patch averages ranks: it needs the whole order
             scores = self.model.rank(images, None if upto is None else -(-upto * own // num_patches))
         else:
             scores = rank_graph(self.graph(images), self.ranking, self.damping)

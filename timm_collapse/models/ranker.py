@@ -12,10 +12,16 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..order import check_images, expected_errors, greedy_factor_order
+from ..order import CollapseError, check_images, expected_errors, greedy_factor_order
 from .registry import build, pixel_cfg
 from .tokenizer import patchify, resize_images
 from .transformer import Transformer, border_distances, init_weights
+
+
+def check_phases(phases: tuple[float, ...]) -> None:
+    """Raises CollapseError unless phases ascend from 0 and stay below 1."""
+    if not phases or phases[0] != 0 or list(phases) != sorted(set(phases)) or phases[-1] >= 1:
+        raise CollapseError(f"phases must ascend from 0 and stay below 1, got {phases}")
 
 
 class Ranker(nn.Module):
@@ -28,7 +34,6 @@ class Ranker(nn.Module):
         static_depth: Blocks that run before the network is told what is visible: later phases reuse their result.
         rank: Number r of latent factors.
         phases: Shares of the patches, ascending from 0, at which the factors are predicted anew, given what is visible.
-        in_chans: Image channels.
     """
 
     def __init__(
@@ -40,18 +45,18 @@ class Ranker(nn.Module):
         static_depth: int = 0,
         rank: int = 32,
         phases: tuple[float, ...] = (0.0, 0.06, 0.16, 0.3, 0.5),
-        in_chans: int = 3,
     ):
         super().__init__()
-        if not phases or phases[0] != 0 or list(phases) != sorted(set(phases)) or phases[-1] >= 1:
-            raise ValueError(f"phases must ascend from 0 and stay below 1, got {phases}")
+        check_phases(phases)
+        if img_size % patch_size:
+            raise CollapseError(f"img_size: must be a multiple of patch_size={patch_size}, got {img_size}")
         self.img_size, self.patch_size, self.phases = img_size, patch_size, tuple(phases)
         if not 0 <= static_depth < depth:
-            raise ValueError(f"static_depth must be in [0, depth={depth}), got {static_depth}")
+            raise CollapseError(f"static_depth must be in [0, depth={depth}), got {static_depth}")
         self.static_depth = static_depth
         self.grid = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
-        self.embed = nn.Linear(in_chans * patch_size**2, dim)
+        self.embed = nn.Linear(3 * patch_size**2, dim)
         self.border = nn.Linear(4, dim)
         self.visible_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.trunk = Transformer(dim, depth)
@@ -66,7 +71,8 @@ class Ranker(nn.Module):
     def static(self, images: Tensor) -> Tensor:
         """What does not depend on the visible set: (B, C, H, W), normalised -> tokens (B, N, dim)."""
         tokens = patchify(resize_images(images, (self.img_size, self.img_size)), self.patch_size)
-        x = self.embed(tokens) + self.border(border_distances(self.grid, tokens.device))
+        dtype = self.embed.weight.dtype
+        x = self.embed(tokens.to(dtype)) + self.border(border_distances(self.grid, tokens.device).to(dtype))
         return self.trunk.run(x, self.grid, stop=self.static_depth)
 
     def factors(self, static: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +85,7 @@ class Ranker(nn.Module):
         Returns:
             loadings (B, N, r) and noise (B, N), for `expected_errors` and `greedy_factor_order`.
         """
-        x = static + visible.unsqueeze(-1) * self.visible_token
+        x = static + visible.unsqueeze(-1) * self.visible_token.to(static.dtype)
         x = self.trunk.norm(self.trunk.run(x, self.grid, start=self.static_depth))
         return self.loadings(x).float(), F.softplus(self.log_noise(x).squeeze(-1).float()) + 1e-4
 
@@ -118,6 +124,8 @@ class Ranker(nn.Module):
         check_images(images)
         n = self.num_patches
         upto = n if upto is None else min(upto, n)
+        if phases is not None:
+            check_phases(phases)
         starts = [round(share * n) for share in (self.phases if phases is None else phases)]
         stops = [*starts[1:], upto]
         visible = torch.zeros(len(images), n, dtype=torch.bool, device=images.device)
@@ -125,8 +133,8 @@ class Ranker(nn.Module):
         static = self.static(images)
         for start, stop in zip(starts, stops):
             count = min(stop, upto) - start
-            if count <= 0:
-                break
+            if count <= 0:  # a small grid, or beyond `upto`
+                continue
             picks, gains = greedy_factor_order(*self.factors(static, visible), visible, count)
             visible = visible.scatter(1, picks, True)
             places = torch.arange(start, start + count, device=images.device, dtype=scores.dtype)

@@ -32,7 +32,6 @@ class Reconstructor(nn.Module):
         patch_size: Patch side in pixels.
         dim, depth: Encoder width and blocks.
         decoder_dim, decoder_depth: Decoder width and blocks.
-        in_chans: Image channels.
     """
 
     def __init__(
@@ -43,10 +42,9 @@ class Reconstructor(nn.Module):
         depth: int = 4,
         decoder_dim: int = 128,
         decoder_depth: int = 3,
-        in_chans: int = 3,
     ):
         super().__init__()
-        self.tokenizer = PixelTokenizer(patch_size, in_chans)
+        self.tokenizer = PixelTokenizer(patch_size)
         self.img_size = img_size
         self.embed = nn.Linear(self.tokenizer.dim, dim)
         self.empty_token = nn.Parameter(torch.zeros(1, 1, dim))  # lets the encoder run on no visible patch at all

@@ -8,6 +8,8 @@ from typing import Any
 from timm.models import build_model_with_cfg
 from torch import nn
 
+from ..order import CollapseError
+
 WEIGHTS = Path(__file__).parent / "weights"
 """Bundled weights: one folder `<architecture>.<tag>` each, in the layout that timm's `local-dir:` reads."""
 
@@ -37,7 +39,11 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, defaults: dict[s
     """Build a registered model: the architecture's defaults, overridden by the caller's arguments."""
     arguments = {**defaults, **kwargs}
     if isinstance(size := arguments.get("img_size"), (list, tuple)):  # timm's config.json holds [H, W]
+        if size[0] != size[-1]:
+            raise CollapseError(f"img_size: must be square, got {tuple(size)}")
         arguments["img_size"] = size[0]
+    if arguments.get("in_chans", 3) != 3:
+        raise CollapseError(f"in_chans: only RGB (3) is supported, got {arguments['in_chans']}")
     model = build_model_with_cfg(
         cls, variant, pretrained, kwargs_filter=("num_classes", "global_pool", "in_chans"), **arguments
     )

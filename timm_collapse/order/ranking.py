@@ -72,12 +72,13 @@ def coverage_scores(A: Tensor) -> Tensor:
     unexplained = graph.new_ones(num_graphs, num_patches)
     chosen = torch.zeros(num_graphs, num_patches, dtype=torch.bool, device=A.device)
     scores = torch.empty_like(unexplained)
-    for step in range(num_patches):
-        gains = torch.einsum("bn,bnj->bj", unexplained, graph).masked_fill(chosen, -1)
-        best = gains.argmax(dim=1)
-        chosen[rows, best] = True
-        scores[rows, best] = (num_patches - step) / num_patches
-        unexplained = unexplained * (1 - graph[rows, :, best])
-        # only the ratios of u matter: rescaled, long products do not underflow and leave the tail to the tie-break
-        unexplained = unexplained / unexplained.amax(dim=1, keepdim=True).clamp_min(torch.finfo(graph.dtype).tiny)
+    with torch.autocast(A.device.type, enabled=False):  # half products would change close choices
+        for step in range(num_patches):
+            gains = torch.einsum("bn,bnj->bj", unexplained, graph).masked_fill(chosen, -1)
+            best = gains.argmax(dim=1)
+            chosen[rows, best] = True
+            scores[rows, best] = (num_patches - step) / num_patches
+            unexplained = unexplained * (1 - graph[rows, :, best])
+            # only the ratios of u matter: rescaled, long products do not underflow and leave the tail to the tie-break
+            unexplained = unexplained / unexplained.amax(dim=1, keepdim=True).clamp_min(torch.finfo(graph.dtype).tiny)
     return scores.reshape(A.shape[:-1])
