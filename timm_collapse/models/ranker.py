@@ -150,6 +150,7 @@ default_cfgs = generate_default_cfgs(
     {
         "collapse_ranker_tiny.tin100": pixel_cfg("collapse_ranker_tiny.tin100"),
         "collapse_ranker_tiny_224.photos": pixel_cfg("collapse_ranker_tiny_224.photos", img_size=224),
+        "collapse_ranker_tiny_224_rerun.photos": pixel_cfg("collapse_ranker_tiny_224_rerun.photos", img_size=224),
     }
 )
 
@@ -160,12 +161,21 @@ def collapse_ranker_tiny(pretrained: bool = False, **kwargs) -> Ranker:
     return build(Ranker, "collapse_ranker_tiny", pretrained, {}, kwargs)
 
 
+_PHASES_224 = (0.0, 0.02, 0.05, 0.09, 0.13, 0.18, 0.24, 0.34, 0.45, 0.6)
+
+
 @register_model
 def collapse_ranker_tiny_224(pretrained: bool = False, **kwargs) -> Ranker:
     """The same on a 14 x 14 grid: images are resized to 112 px, so that a patch stands for 16 px of a 224 px image.
 
     Three of four blocks run once, the last one in each phase: the order's first 22% cost at most .5 GMACs.
     """
-    phases = (0.0, 0.02, 0.05, 0.09, 0.13, 0.18, 0.24, 0.34, 0.45, 0.6)
-    defaults = {"img_size": 112, "static_depth": 3, "phases": phases}
+    defaults = {"img_size": 112, "static_depth": 3, "phases": _PHASES_224}
     return build(Ranker, "collapse_ranker_tiny_224", pretrained, defaults, kwargs)
+
+
+@register_model
+def collapse_ranker_tiny_224_rerun(pretrained: bool = False, **kwargs) -> Ranker:
+    """As `collapse_ranker_tiny_224`, but every phase runs all blocks: a better order for about three times the cost."""
+    defaults = {"img_size": 112, "phases": _PHASES_224}
+    return build(Ranker, "collapse_ranker_tiny_224_rerun", pretrained, defaults, kwargs)
