@@ -53,5 +53,6 @@ def write_section(name: str, title: str, text: str, data: dict[str, Any], result
 
 
 def _relative(argument: str) -> str:
-    """Absolute paths are those of one machine: keep the last two parts."""
-    return "/".join(Path(argument).parts[-2:]) if argument.startswith(("/", "..")) else argument
+    """Absolute paths, also behind `name=`, are those of one machine: keep their last two parts."""
+    name, equals, path = argument.rpartition("=")
+    return name + equals + ("/".join(Path(path).parts[-2:]) if path.startswith(("/", "..")) else path)
