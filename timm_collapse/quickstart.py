@@ -17,7 +17,7 @@ from .hub import save_model
 from .models import CollapseOrder, Lesson, alternate
 from .models.registry import TIN_MEAN, TIN_STD
 from .order import Order, image_dependence, spearman
-from .plots import plot_order, plot_training, plot_uncertainty, save
+from .plots import plot_class_heatmap, plot_dependency, plot_order, plot_training, plot_uncertainty, save
 
 SIZE, PATCH = 16, 2  # 8 px digits, enlarged twice: a grid of 8 x 8 patches
 SHAPE = {"img_size": SIZE, "patch_size": PATCH}
@@ -43,7 +43,8 @@ def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int
     judge = _train_reconstructor(output / "judge", "1/2", seed + 2, steps)
 
     console.print("[bold]2/4[/] CoMAE: for every patch, how much each other patch is needed to reconstruct it")
-    comae, images = timm.create_model("comae_tiny", **SMALL).eval(), _validation_images()
+    images, labels = _validation_images()
+    comae = timm.create_model("comae_tiny", **SMALL)
     before = _polarised(CollapseOrder(comae).graph(images[:64]))
     comae.requires_grad_(True)
     run = _run(comae, output / "comae", "0/2", seed, steps, batch_size=16)
@@ -84,7 +85,14 @@ def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int
     console.print(f"    ranker and exact order agree with Spearman {agreement:.2f}; orders of different digits, with "
                   f"{image_dependence(orders['collapse (ranker)']).pairwise_spearman:.2f}")  # fmt: skip
     _pictures(output, images[0], orders["collapse (ranker)"][0], curves)
-    console.print(f"Saved: {output}/order.png, uncertainty.png, comae.png, and the models beside them.")
+    target = 27  # a patch near the centre
+    save(plot_dependency(_picture(images[0]), exact.graph(images[:1])[0, target], target, (8, 8)),
+         output / "dependency.png")  # fmt: skip
+    by_class = {str(c): orders["collapse (ranker)"][(labels == c).nonzero().flatten()] for c in range(10)}
+    save(plot_class_heatmap(by_class), output / "classes.png")
+    console.print(
+        f"Saved: {output}/order.png, uncertainty.png, dependency.png, classes.png, comae.png, and the models beside them."
+    )
     return areas
 
 
@@ -115,9 +123,10 @@ def _polarised(graph: Tensor) -> float:
     return float(((weights < 0.1) | (weights > 0.9)).float().mean())
 
 
-def _validation_images(count: int = 120) -> Tensor:
+def _validation_images(count: int = 120) -> tuple[Tensor, Tensor]:
     dataset, transform = open_dataset("digits", "validation").dataset, eval_transform(SIZE, TIN_MEAN, TIN_STD)
-    return torch.stack([transform(dataset[i][0]) for i in range(count)])
+    samples = [dataset[i] for i in range(count)]
+    return torch.stack([transform(image) for image, _ in samples]), torch.tensor([label for _, label in samples])
 
 
 def _report(console: Console, curves: dict[str, UncertaintyCurve]) -> dict[str, float]:
@@ -130,9 +139,13 @@ def _report(console: Console, curves: dict[str, UncertaintyCurve]) -> dict[str, 
     return {name: curve.area / random.area - 1 for name, curve in curves.items()}
 
 
-def _pictures(output: Path, image: Tensor, order: Order, curves: dict[str, UncertaintyCurve]) -> None:
+def _picture(image: Tensor) -> Tensor:
+    """A normalised image (3, H, W) back in [0, 1]."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (TIN_MEAN, TIN_STD))
-    picture = (image * std + mean).clamp(0, 1)
-    save(plot_order(picture, order), output / "order.png")
+    return (image * std + mean).clamp(0, 1)
+
+
+def _pictures(output: Path, image: Tensor, order: Order, curves: dict[str, UncertaintyCurve]) -> None:
+    save(plot_order(_picture(image), order), output / "order.png")
     save(plot_uncertainty({name: curve.error.numpy() for name, curve in curves.items()}), output / "uncertainty.png")
     save(plot_training(output / "comae" / "log.jsonl", keys=("l1", "entropy", "weight")), output / "comae.png")
