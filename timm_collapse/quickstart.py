@@ -91,7 +91,7 @@ def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int
     by_class = {str(c): orders["collapse (ranker)"][(labels == c).nonzero().flatten()] for c in range(10)}
     save(plot_class_heatmap(by_class), output / "classes.png")
     console.print(
-        f"Saved: {output}/order.png, uncertainty.png, dependency.png, classes.png, comae.png, and the models beside them."
+        f"Saved in {output}: order.png, uncertainty.png, dependency.png, classes.png, comae.png, and the models."
     )
     return areas
 
