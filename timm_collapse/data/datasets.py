@@ -110,7 +110,7 @@ def open_dataset(name: str, split: str = "train", part: str = "") -> DatasetInfo
         dataset = ParquetImages(files)
         info = DatasetInfo(dataset, int(dataset.labels.max()) + 1)
     else:
-        info = _open_timm(name, split)
+        info = _open_timm(name, split, names)
     if part:
         numbers = part.removeprefix("!").split("/")
         if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or int(numbers[0]) >= int(numbers[1]):
@@ -120,15 +120,14 @@ def open_dataset(name: str, split: str = "train", part: str = "") -> DatasetInfo
     return info
 
 
-def _open_timm(name: str, split: str) -> DatasetInfo:
+def _open_timm(name: str, split: str, synonyms: tuple[str, ...]) -> DatasetInfo:
     from timm.data import create_dataset
 
     root = name if Path(name).exists() else None
     if root is None and "/" not in name:
         raise CollapseError(f"dataset: {name!r} is neither 'digits', a folder, nor a timm data set such as hfds/<id>")
     folders = {p.name for p in Path(root).iterdir() if p.is_dir()} if root else set()
-    synonyms = TRAIN_NAMES if split in TRAIN_NAMES else VALIDATION_NAMES
-    if folders & set(TRAIN_NAMES + VALIDATION_NAMES) and not folders & {split, *synonyms}:
+    if folders & set(TRAIN_NAMES + VALIDATION_NAMES) and not folders & set(synonyms):
         raise CollapseError(f"split: {name} has no folder of split {split!r}, only {sorted(folders)}")
     try:
         dataset = create_dataset("" if root else name, root=root, split=split)

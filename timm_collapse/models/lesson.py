@@ -10,6 +10,7 @@ from torch import Tensor
 from ..order import greedy_factor_order
 from .ranker import Ranker
 from .reconstructor import Reconstructor
+from .transformer import use_plain_attention
 
 
 class Lesson:
@@ -26,9 +27,8 @@ class Lesson:
 
     def __init__(self, reconstructor: Reconstructor, num_sets: int = 4):
         self.reconstructor = reconstructor.eval().requires_grad_(False)
-        for module in self.reconstructor.modules():
-            if hasattr(module, "fused_attn") and next(reconstructor.parameters()).device.type == "cpu":
-                module.fused_attn = False
+        if next(reconstructor.parameters()).device.type == "cpu":
+            use_plain_attention(self.reconstructor)
         self.num_sets = num_sets
 
     @torch.no_grad()
