@@ -114,7 +114,7 @@ def run_script(main: Callable[[], None]) -> None:
 
     try:
         main()
-    except CollapseError as error:
+    except (CollapseError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
