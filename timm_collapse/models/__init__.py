@@ -1,5 +1,7 @@
 """nn.Modules. Importing this registers every model with timm."""
 
+from .collapse import collapse
+from .collapsed import Collapsed
 from .comae import CoMAE, alternate
 from .lesson import Lesson
 from .orderer import CollapseOrder
@@ -10,6 +12,7 @@ from .tokenizer import PixelTokenizer, VaeTokenizer, patchify, unpatchify
 __all__ = [
     "CoMAE",
     "CollapseOrder",
+    "Collapsed",
     "Lesson",
     "PixelTokenizer",
     "Ranker",
@@ -17,6 +20,7 @@ __all__ = [
     "Reconstructor",
     "VaeTokenizer",
     "alternate",
+    "collapse",
     "patchify",
     "unpatchify",
 ]

@@ -55,6 +55,11 @@ class CollapseOrder(nn.Module):
         return cls(name, seed=seed)
 
     @classmethod
+    def named(cls, name: str, seed: int = 0) -> CollapseOrder:
+        """A baseline by its name, or anything that `from_pretrained` finds."""
+        return cls.baseline(name, seed) if name in BASELINES else cls.from_pretrained(name)
+
+    @classmethod
     def from_pretrained(cls, name: str, **kwargs) -> CollapseOrder:
         """Load a trained orderer.
 
@@ -120,6 +125,9 @@ class CollapseOrder(nn.Module):
             raise CollapseError("graph: only a CoMAE has a dependency graph")
         side = self.model.img_size
         return self.model.dependency(resize_images(images, (side, side)))
+
+    def train(self, mode: bool = True) -> CollapseOrder:
+        return super().train(False)  # frozen: no dropout, no statistics
 
     def extra_repr(self) -> str:
         return f"{self.baseline_name or type(self.model).__name__}, grid={self.grid}, ranking={self.ranking!r}"

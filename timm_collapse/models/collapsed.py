@@ -1,0 +1,331 @@
+"""The collapsed model: a base class that finds the kept patches, and its timm families ViT and Eva.
+
+A model is collapsed in place by `collapse`: its `__class__` becomes a subclass of its own class, so parameter names,
+`isinstance` and every method stay, and the forward pass sees fewer tokens.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from numbers import Real
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models._input import update_model_args
+from torch import Tensor, nn
+
+from ..order import CollapseError, Order, resolve_keep
+from ..order.errors import describe
+from .selection import (
+    KeepPatches,
+    Selection,
+    cell_centres,
+    cell_weights,
+    coarse_grid,
+    coarse_images,
+    dropped_weights,
+    mean_dropped_patch,
+    sparse_patch_embed,
+    to_grid,
+)
+
+REMAINDERS = ("none", "fused", "coarse")
+
+
+def check_keep(keep: float | int) -> float | int:
+    """A model's token budget: a share in (0, 1], or a count of at least 2 patches; 1 and 1.0 both mean all."""
+    if isinstance(keep, Real) and not isinstance(keep, bool):
+        if 0 < keep <= 1:
+            return float(keep)
+        if isinstance(keep, int):
+            if keep >= 2:
+                return keep
+    raise CollapseError(
+        f"keep must be a ratio in (0, 1] (1 keeps all patches) or an int count of at least 2, got {describe(keep)}"
+    )
+
+
+class Collapsed:
+    """Mixin of every collapsed model; subclasses say where their tokens are.
+
+    Attributes:
+        orderer: `CollapseOrder`; frozen, and not part of the state dict: it is a model of its own.
+        keep: Token budget of the patches, a ratio in (0, 1] or a count; may be changed at any time. The remainder's
+            tokens are part of the budget. 1 runs the plain model, bit for bit, and computes no order.
+        remainder: What becomes of the dropped patches: "none", "fused" (one token: the mean of their embeddings), or
+            "coarse" (the whole image at low resolution as a few patches).
+        coarse_share: Share of the budget that coarse tokens may take; 1: the image is only downscaled.
+    """
+
+    # -- set-up ------------------------------------------------------------------------------------------------------
+
+    def _setup(self, orderer: nn.Module, keep: float | int, remainder: str, coarse_share: float, mean, std) -> None:
+        self.selection = Selection()
+        self.orderer = orderer
+        self.remainder, self.coarse_share = remainder, coarse_share
+        scale = [s / own for s, own in zip(std, orderer.std)]
+        shift = [(m - own) / s for m, own, s in zip(mean, orderer.mean, orderer.std)]
+        self._affine = None if scale == [1.0] * 3 and shift == [0.0] * 3 else (tuple(scale), tuple(shift))
+        self.keep = keep
+        self._attach()
+
+    def _attach(self) -> None:
+        """Put the parts that see the selection in their places."""
+        raise NotImplementedError
+
+    @property
+    def keep(self) -> float | int:
+        return self._keep
+
+    @keep.setter
+    def keep(self, keep: float | int) -> None:
+        self._keep = check_keep(keep)
+        update_model_args(self, keep=self._keep)  # so that save_for_hf keeps it
+
+    # -- selection ---------------------------------------------------------------------------------------------------
+
+    def _image_grid(self, x: Tensor) -> tuple[int, int]:
+        """Patch grid (h, w) of a batch of images; raises CollapseError for a size that the model does not take."""
+        raise NotImplementedError
+
+    def _patch_size(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _embed_patches(self, images: Tensor) -> Tensor:
+        """(B, C, h p, w q) -> (B, h w, D), without position embedding, of images of any size."""
+        raise NotImplementedError
+
+    def _patch_positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """(1, N, D): what is added to the patch embeddings of a grid; None: nothing is."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def compute_order(self, images: Tensor, upto: int | None = None) -> Order:
+        """The order of the patches of images (B, 3, H, W) in this model's normalisation, on its own grid."""
+        grid = self._image_grid(images)
+        if self._affine is not None:
+            scale, shift = (images.new_tensor(values).view(3, 1, 1) for values in self._affine)
+            images = images * scale + shift
+        return self.orderer(images, grid=grid, upto=upto)
+
+    def _select(self, x: Tensor, order: Order | None) -> None:
+        """Fill the selection for a batch of images; leaves it empty where all patches are kept."""
+        self.selection.clear()
+        if self._keep == 1.0 and order is None:
+            return
+        grid = self._image_grid(x)
+        if order is not None:
+            check_order(order, len(x), grid)
+        num_patches = grid[0] * grid[1]
+        budget = resolve_keep(self._keep, num_patches)
+        if budget == num_patches:
+            return
+        cells = self._cells(budget, grid)
+        only_coarse = self.remainder == "coarse" and self.coarse_share == 1
+        count = 0 if only_coarse else budget - (cells[0] * cells[1] if cells else 0)
+        if count == 0:
+            self.selection.kept = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
+        else:
+            order = self.compute_order(x, upto=count) if order is None else order.to(x.device)
+            self.selection.kept = order.keep(count)
+        if cells is not None:
+            self.selection.extra = self._remainder_tokens(x, grid, cells)
+            self.selection.places = cell_centres(grid, cells).to(x.device)
+
+    def _cells(self, budget: int, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """The grid of the remainder's tokens within a budget."""
+        if self.remainder == "fused" and budget > 1:
+            return (1, 1)
+        if self.remainder == "coarse":
+            return coarse_grid(int(budget * self.coarse_share + 1e-6), grid)
+        return None
+
+    def _remainder_tokens(self, x: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+        positions = self._patch_positions(grid)
+        kept = self.selection.kept
+        if self.remainder == "fused":
+            tokens = self._embed_patches(mean_dropped_patch(x, kept, grid, self._patch_size()))
+            weights = dropped_weights(kept, grid[0] * grid[1], tokens.dtype).unsqueeze(1)
+        else:
+            tokens = self._embed_patches(coarse_images(x, cells, self._patch_size()))
+            weights = cell_weights(grid, cells).to(tokens)
+        return tokens if positions is None else tokens + weights @ positions.to(tokens.dtype)
+
+    def _dense(self, tokens: Tensor, kept: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """(B, k + r, D) -> (B, N, D)."""
+        return tokens if kept is None else to_grid(tokens, kept, grid, self._cells_of(tokens, kept, grid))
+
+    def _cells_of(self, tokens: Tensor, kept: Tensor, grid: tuple[int, int]) -> tuple[int, int] | None:
+        return self._cells(tokens.shape[1], grid) if tokens.shape[1] > kept.shape[1] else None
+
+    # -- nn.Module ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
+        """As the plain model's: the orderer is a model of its own."""
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for key in [key for key in state if key.startswith(f"{prefix}orderer.")]:
+            del state[key]
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
+        # the orderer's own tensors, so that strict loading misses none
+        state_dict.update({f"{prefix}orderer.{key}": value for key, value in self.orderer.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        super().requires_grad_(requires_grad)
+        self.orderer.requires_grad_(False)
+        return self
+
+    def __reduce_ex__(self, protocol):
+        return _restore, (type(self).__bases__,), self.__dict__
+
+    def extra_repr(self) -> str:
+        return f"keep={self.keep}, remainder={self.remainder!r}"
+
+
+def check_order(order: Order, batch: int, grid: tuple[int, int]) -> None:
+    """Raises CollapseError unless an order is one of `batch` images with patches in `grid`."""
+    if not isinstance(order, Order):
+        raise CollapseError(f"order must be an Order, got {describe(order)}")
+    if order.grid != grid:
+        raise CollapseError(f"order must be on the model's grid {grid}, got one on {order.grid}; see Order.resample")
+    if len(order) != batch:
+        raise CollapseError(f"order must be of the {batch} images of the batch, got one of {len(order)} images")
+
+
+@lru_cache(maxsize=None)
+def collapsed_class(adapter: type, base: type) -> type:
+    """The subclass of a model's class that its collapsed form has; made once, so that classes compare equal."""
+    return type(f"Collapsed{base.__name__}", (adapter, base), {"__module__": adapter.__module__})
+
+
+def _restore(bases: tuple[type, type]) -> nn.Module:
+    """For copy and pickle: an empty instance; its state is set afterwards."""
+    cls = collapsed_class(*bases)
+    return cls.__new__(cls)
+
+
+class CollapsedTimm(Collapsed):
+    """What the timm families share: `forward_features`, `forward_intermediates` and a patch embedding."""
+
+    def _image_grid(self, x: Tensor) -> tuple[int, int]:
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            raise CollapseError(f"images must be a tensor of shape (B, C, H, W), got {describe(x)}")
+        embed, size = self.patch_embed, tuple(x.shape[-2:])
+        strict = getattr(embed, "strict_img_size", True)
+        if strict and embed.img_size is not None and size != tuple(embed.img_size):
+            raise CollapseError(
+                f"images must be {tuple(embed.img_size)} pixels, the model's img_size, got {size}; "
+                "set_input_size changes it, dynamic_img_size=True lifts it"
+            )
+        return tuple(embed.grid_size) if strict else tuple(embed.dynamic_feat_size(size))
+
+    def _patch_size(self) -> tuple[int, int]:
+        return tuple(self.patch_embed.patch_size)
+
+    def _embed_patches(self, images: Tensor) -> Tensor:
+        embed = self.patch_embed
+        return embed.norm(embed.proj(images).flatten(2).transpose(1, 2))
+
+    def _patch_positions(self, grid: tuple[int, int]) -> Tensor | None:
+        if self.pos_embed is None:
+            return None
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        positions = self.pos_embed
+        if self.dynamic_img_size:
+            positions = resample_abs_pos_embed(positions, grid, self.patch_embed.grid_size, num_prefix_tokens=prefix)
+        return positions[:, prefix:]
+
+    def forward(self, x: Tensor, *args, order: Order | None = None, **kwargs) -> Tensor:
+        """As the plain model's; `order` takes the place of the orderer's."""
+        return self.forward_head(self.forward_features(x, *args, order=order, **kwargs))
+
+    def forward_features(self, x: Tensor, *args, order: Order | None = None, **kwargs) -> Tensor:
+        """Tokens (B, prefix + k + r, D): the kept patches in the order of their positions, then the remainder's.
+
+        Raises:
+            CollapseError: An order of another batch or grid, images of another size, or, while patches are dropped,
+                `attn_mask` or `is_causal`.
+        """
+        self._select(x, order)
+        try:
+            self._refuse_masks(args, kwargs)
+            return super().forward_features(x, *args, **kwargs)
+        finally:
+            self.selection.clear()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices=None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        *args,
+        order: Order | None = None,
+        **kwargs,
+    ):
+        """As the plain model's: intermediates lie on the whole grid, whichever patches are kept.
+
+        Dropped places hold the remainder's token that stands for them, or 0 without a remainder. The final features
+        are those of `forward_features`: the kept tokens.
+        """
+        self._select(x, order)
+        try:
+            self._refuse_masks((), kwargs)
+            kept = self.selection.kept
+            plain = super().forward_intermediates
+            if kept is None:
+                return plain(x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only,
+                             *args, **kwargs)  # fmt: skip
+            if args or kwargs.get("output_dict"):
+                raise CollapseError("output_dict must be False while patches are dropped, got True")
+            if output_fmt not in ("NCHW", "NLC"):
+                raise CollapseError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+            result = plain(x, indices, return_prefix_tokens, norm, stop_early, "NLC", intermediates_only, **kwargs)
+        finally:
+            self.selection.clear()
+        grid = self._image_grid(x)
+
+        def dense(entry):
+            if isinstance(entry, tuple):
+                return dense(entry[0]), entry[1]
+            entry = self._dense(entry, kept, grid)
+            return entry if output_fmt == "NLC" else entry.mT.reshape(len(entry), -1, *grid)
+
+        if intermediates_only:
+            return [dense(entry) for entry in result]
+        return result[0], [dense(entry) for entry in result[1]]
+
+    def _refuse_masks(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.selection.kept is None:
+            return
+        attn_mask = kwargs.get("attn_mask", args[0] if args else None)
+        is_causal = kwargs.get("is_causal", args[1] if len(args) > 1 else False)
+        if attn_mask is not None:
+            raise CollapseError(
+                f"attn_mask must be None while patches are dropped (keep={self.keep}): it is laid out for all patches, "
+                f"got {describe(attn_mask)}"
+            )
+        if is_causal:
+            raise CollapseError(f"is_causal must be False while patches are dropped (keep={self.keep}), got True")
+
+
+class CollapsedVit(CollapsedTimm):
+    """`VisionTransformer` and `VisionTransformerDistilled`: `patch_drop` follows the position embedding."""
+
+    def _attach(self) -> None:
+        sparse_patch_embed(self.patch_embed, self.selection)
+        self.patch_drop = KeepPatches(self.selection, self.num_prefix_tokens)
+
+
+class CollapsedEva(CollapsedTimm):
+    """`Eva`: as ViT; its rotary embedding follows the positions that `patch_drop` returns."""
+
+    def _attach(self) -> None:
+        sparse_patch_embed(self.patch_embed, self.selection)
+        self.patch_drop = KeepPatches(self.selection, self.num_prefix_tokens, with_positions=True)
