@@ -13,6 +13,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from . import evaluate_cli
+
 PIXELS_PER_PATCH = 16  # a grid of 14 x 14 stands for a photo of 224 x 224
 MAX_GRID = 128
 FIRST_PATCHES = 5  # of each image, in the printed table
@@ -163,6 +165,14 @@ COMMANDS = [
         description="Trains a small CoMAE and a ranker on scikit-learn's digits, measures how much their orders leave "
         "unknown, and saves models and pictures. Needs no network and no GPU, and takes a few minutes.",
         example="timm-collapse quickstart --output runs/quickstart",
+    ),
+    Command(
+        "evaluate",
+        evaluate_cli.run_evaluate,
+        evaluate_cli.declare_evaluate,
+        summary="accuracy and speed of ViTs that see only the first patches",
+        description=evaluate_cli.DESCRIPTION,
+        example=evaluate_cli.EXAMPLE,
     ),
     Command(
         "order",

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -130,6 +131,8 @@ class Run:
         model: What is trained; its `forward` computes the loss.
         dataset, transform: Training data: map-style (PIL image, label), and PIL image -> tensor.
         find_unused: Some steps leave parameters without gradient (needed by DDP).
+        param_groups: For the optimizer, as timm makes them (`lr_scale` is a factor on the learning rate); None: all
+            parameters, without weight decay on 1-D ones.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class Run:
         dataset,
         transform: Callable,
         find_unused: bool = False,
+        param_groups: list[dict[str, Any]] | None = None,
         quiet: bool = False,
     ):
         from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -150,10 +154,14 @@ class Run:
         self.accelerator = Accelerator(mixed_precision=args.precision, kwargs_handlers=kwargs)
         self.is_main = self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-        no_decay = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+        if param_groups is None:
+            decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+            no_decay = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+            param_groups = [
+                {"params": decay, "weight_decay": args.weight_decay},
+                {"params": no_decay, "weight_decay": 0.0},
+            ]
+        optimizer = torch.optim.AdamW(param_groups, lr=args.lr, betas=(0.9, 0.95))
         if self.accelerator.device.type == "cpu":
             use_plain_attention(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -192,7 +200,9 @@ class Run:
         """All randomness of a micro-step comes from the seed and its number."""
         number = self.done * self.args.grad_accum + self.micro
         self.generator = torch.Generator().manual_seed(self.args.seed * 15_485_863 + number)
-        torch.manual_seed(self.args.seed * 32_452_843 + number * self.world + self.rank)
+        local = self.args.seed * 32_452_843 + number * self.world + self.rank
+        torch.manual_seed(local)
+        np.random.seed(local % 2**32)  # timm's Mixup
 
     @property
     def progress(self) -> float:
@@ -240,7 +250,7 @@ class Run:
         if not torch.isfinite(loss.detach()).all():
             raise CollapseError(f"loss: not finite ({loss.item()}) at step {self.done}; lower lr or use precision bf16")
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(self.done)
+            group["lr"] = self.lr_at(self.done) * group.get("lr_scale", 1.0)
         self.micro += 1
         self.accelerator.backward(loss / self.args.grad_accum)
         for name, value in (metrics or {"loss": loss}).items():

@@ -42,17 +42,20 @@ def save_model(model: nn.Module, folder: str | Path, recipe: Any = None, half: b
     return folder
 
 
-def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Load the weights of a saved model of the same architecture into `model`, which may have another image size.
+def load_weights(model: nn.Module, source: str | Path) -> None:
+    """Load the weights of a trained model of the same architecture into `model`, which may have another image size.
+
+    Args:
+        source: A saved model's folder, or a registered name with weights.
 
     Raises:
         CollapseError: No model there, or one whose weights do not fit.
     """
     try:
-        source = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        model.load_state_dict(source.state_dict())
+        name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
+        model.load_state_dict(timm.create_model(name, pretrained=True).state_dict())
     except (OSError, RuntimeError) as error:
-        raise CollapseError(f"init: the weights of {str(folder)!r} do not fit: {error}") from error
+        raise CollapseError(f"init: the weights of {str(source)!r} do not fit: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,15 @@
-"""Train the one-pass orderer by regression on the error maps that a frozen reconstructor leaves.
+"""Train the one-pass orderer, without labels: which patches tell most about the image?
 
-accelerate launch train/reconstructor.py --dataset digits --output runs/environment
-accelerate launch train/ranker.py --dataset digits --reconstructor runs/environment --output runs/ranker
+--target pixels: by regression on the error maps that a frozen reconstructor leaves.
+
+    accelerate launch train/reconstructor.py --dataset digits --output runs/environment
+    accelerate launch train/ranker.py --dataset digits --reconstructor runs/environment --output runs/ranker
+
+--target features: by regression on how far a frozen ViT that sees only some patches is from its own output on the
+whole image. Any collapsible timm ViT with the ranker's patch grid; best one that is used to dropped patches.
+
+    accelerate launch train/cvit.py --dataset digits --orderer random --output runs/rvit
+    accelerate launch train/ranker.py --target features --dataset digits --teacher local-dir:runs/rvit
 """
 
 from __future__ import annotations
@@ -10,11 +18,13 @@ import json
 from dataclasses import dataclass, field
 
 import timm
+import torch
 
-from timm_collapse import CollapseError
+from timm_collapse import CollapseError, Ranker, collapse
 from timm_collapse.data import open_dataset, train_transform
 from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
 from timm_collapse.hub import load_weights, save_model
+from timm_collapse.models.feature_lesson import FeatureLesson
 from timm_collapse.models.lesson import Lesson
 
 
@@ -24,7 +34,16 @@ class Args(TrainArgs):
 
     model: str = field(default="collapse_ranker_tiny", metadata={"help": "Registered architecture."})
     model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
-    init: str = field(default="", metadata={"help": "Start from the weights of this folder (another resolution, say)."})
+    init: str = field(
+        default="", metadata={"help": "Start from these weights: a folder, or a registered name such as the pixel-trained one."}
+    )
+    target: str = field(default="pixels", metadata={"help": "pixels (a reconstructor's errors) or features (a ViT's)."})
+    teacher: str = field(
+        default="", metadata={"help": "For features: any timm model name, hf-hub: and local-dir: included."}
+    )
+    teacher_remainder: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "For features: none, fused, coarse; one is drawn each step."}
+    )
     reconstructor: str = field(default="runs/environment", metadata={"help": "Folder of a trained reconstructor."})
     dataset: str = field(
         default="digits", metadata={"help": "digits, a parquet folder, or a timm data set; a+b joins."}
@@ -36,19 +55,27 @@ class Args(TrainArgs):
     on_policy: float = field(default=0.4, metadata={"help": "Share of steps on the ranker's own sets, after a tenth."})
 
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target not in ("pixels", "features"):
+            raise CollapseError(f"target: must be pixels or features, got {self.target!r}")
+        if self.target == "features" and not self.teacher:
+            raise CollapseError("teacher: --target features needs a timm model's name, got none")
+
+
 def main() -> None:
     args = parse_args(Args, __doc__)
     model = timm.create_model(args.model, **json.loads(args.model_args))
     if args.init:
         load_weights(model, args.init)
+    (train_on_pixels if args.target == "pixels" else train_on_features)(args, model)
+
+
+def train_on_pixels(args: Args, model: Ranker) -> None:
     environment = timm.create_model(f"local-dir:{args.reconstructor}", pretrained=True)
     cfg = environment.pretrained_cfg
-    dataset = open_dataset(args.dataset, args.split, args.part).dataset
-    transform = train_transform(environment.img_size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
-    h, w = environment.tokenizer.grid((environment.img_size, environment.img_size))
-    if (h, w) != model.grid:
-        raise CollapseError(f"reconstructor: its grid {h} x {w} must be that of the ranker, {model.grid}")
-    run = Run(args, model, dataset, transform)
+    check_grid(model, environment.tokenizer.grid((environment.img_size, environment.img_size)), "reconstructor")
+    run = start(args, model, environment.img_size, cfg)
     lesson = Lesson(environment.to(run.accelerator.device), args.sets)
     for images, _ in run:
         own = run.progress > 0.1 and run.uniform() < args.on_policy
@@ -56,6 +83,40 @@ def main() -> None:
             visible, revealed, errors = lesson(images, run, run.bare if own else None)
             out = run.model(images, visible, revealed, errors)
         run.step(out["loss"], out)
+    finish(args, run)
+
+
+def train_on_features(args: Args, model: Ranker) -> None:
+    teacher = timm.create_model(args.teacher, pretrained=True)
+    cfg = teacher.pretrained_cfg
+    collapse(teacher, "random")  # only given orders are used
+    size = teacher.patch_embed.img_size
+    check_grid(model, teacher.patch_embed.grid_size, "teacher")
+    run = start(args, model, size[0], cfg)
+    lesson = FeatureLesson(teacher.to(run.accelerator.device), args.sets, args.teacher_remainder)
+    mean, std = (torch.tensor(cfg[key]).view(3, 1, 1).to(run.accelerator.device) for key in ("mean", "std"))
+    own_mean, own_std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1).to(mean) for key in ("mean", "std"))
+    for images, _ in run:
+        own = run.progress > 0.05 and run.uniform() < args.on_policy
+        own_images = (images * std + mean - own_mean) / own_std
+        with run.accelerator.autocast():
+            visible, revealed, errors = lesson(images, run, run.bare if own else None, own_images)
+            out = run.model(own_images, visible, revealed, errors)
+        run.step(out["loss"], out)
+    finish(args, run)
+
+
+def check_grid(model: Ranker, grid: tuple[int, int], name: str) -> None:
+    if tuple(grid) != model.grid:
+        raise CollapseError(f"{name}: its grid {grid[0]} x {grid[1]} must be that of the ranker, {model.grid}")
+
+
+def start(args: Args, model: Ranker, size: int, cfg: dict) -> Run:
+    dataset = open_dataset(args.dataset, args.split, args.part).dataset
+    return Run(args, model, dataset, train_transform(size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0)))
+
+
+def finish(args: Args, run: Run) -> None:
     model = run.finish()
     if run.is_main:
         save_model(model, args.output, recipe=args)

@@ -1,6 +1,7 @@
 """Data sets and the deterministic loader that the train scripts share."""
 
-from .datasets import DatasetInfo, open_dataset
+from .datasets import DatasetInfo, labels_of, open_dataset
 from .loader import StepLoader, eval_transform, train_transform
+from .orders import Indexed, OrderTable
 
-__all__ = ["DatasetInfo", "StepLoader", "eval_transform", "open_dataset", "train_transform"]
+__all__ = ["DatasetInfo", "Indexed", "OrderTable", "StepLoader", "eval_transform", "labels_of", "open_dataset", "train_transform"]

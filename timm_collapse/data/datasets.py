@@ -81,6 +81,14 @@ class Subset(Dataset):
         return self.dataset[int(self.index[index])]
 
 
+def labels_of(dataset: Dataset) -> np.ndarray:
+    """(n,) the labels of a map-style data set, without decoding its images where that can be saved."""
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[dataset.index]
+    labels = getattr(dataset, "labels", None)
+    return np.asarray([dataset[i][1] for i in range(len(dataset))] if labels is None else labels)
+
+
 def open_dataset(name: str, split: str = "train", part: str = "") -> DatasetInfo:
     """Open a data set.
 

@@ -1,6 +1,20 @@
 """Measuring orders and models."""
 
-from .cost import count_macs, images_per_second
+from .accuracy import accuracy_curves, with_orderer
+from .cost import Cost, costs_over_keep, count_macs, images_per_second
+from .curve import KEEPS, AccuracyCurve
 from .uncertainty import UncertaintyCurve, greedy_oracle, uncertainty_curve
 
-__all__ = ["UncertaintyCurve", "count_macs", "greedy_oracle", "images_per_second", "uncertainty_curve"]
+__all__ = [
+    "KEEPS",
+    "AccuracyCurve",
+    "Cost",
+    "UncertaintyCurve",
+    "accuracy_curves",
+    "costs_over_keep",
+    "count_macs",
+    "greedy_oracle",
+    "images_per_second",
+    "uncertainty_curve",
+    "with_orderer",
+]

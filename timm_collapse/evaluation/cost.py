@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
+
+from ..order import CollapseError
+
+
+class Cost(NamedTuple):
+    """Of one model at one keep: multiply-accumulates an image, and measured images a second, order included."""
+
+    macs: float
+    images_per_second: float
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Context of a precision: "no" for fp32, "bf16"; CollapseError for another."""
+    if precision not in ("no", "bf16"):
+        raise CollapseError(f"precision must be no or bf16, got {precision!r}")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @torch.no_grad()
@@ -39,3 +57,43 @@ def images_per_second(functions: dict[str, Callable[[], object]], batch_size: in
             if run:
                 seconds[name].append(time.perf_counter() - start)
     return {name: batch_size / sorted(values)[len(values) // 2] for name, values in seconds.items()}
+
+
+@torch.no_grad()
+def costs_over_keep(
+    models: Mapping[str, nn.Module], images: Tensor, keeps: Sequence[float], runs: int = 3, precision: str = "no"
+) -> dict[str, list[Cost]]:
+    """Cost of several models at several keeps, all timed in turn; each call makes its own order.
+
+    Args:
+        models: Name -> collapsed model; a model without `keep` is measured at 1.0 alone. On the device of the images,
+            and in eval mode.
+        images: (B, 3, H, W); their content does not matter.
+        keeps: Ratios in (0, 1], descending.
+        runs: Timed runs, at least 1.
+        precision: "no" or "bf16", as for `accuracy_curves`.
+
+    Returns:
+        Name -> a `Cost` for each keep.
+    """
+
+    def call(model: nn.Module, keep: float | None) -> Callable[[], object]:
+        def run() -> object:
+            if keep is not None:
+                model.keep = keep
+            return model(images)
+
+        return run
+
+    calls = {name: [call(m, k) for k in (keeps if hasattr(m, "keep") else [None])] for name, m in models.items()}
+    before = {name: getattr(model, "keep", None) for name, model in models.items()}
+    try:
+        with autocast(images.device, precision):
+            macs = {name: [count_macs(each) / len(images) for each in row] for name, row in calls.items()}
+            flat = {f"{name}\n{i}": each for name, row in calls.items() for i, each in enumerate(row)}
+            speeds = images_per_second(flat, len(images), runs)
+    finally:
+        for name, keep in before.items():
+            if keep is not None:
+                models[name].keep = keep
+    return {name: [Cost(row[i], speeds[f"{name}\n{i}"]) for i in range(len(row))] for name, row in macs.items()}

@@ -5,22 +5,35 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from timm.models._input import update_model_args
+from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..order import CollapseError
 from ..order.errors import describe
-from .collapsed import REMAINDERS, Collapsed, CollapsedEva, CollapsedVit, check_keep, collapsed_class
+from .adapters import CollapsedBeit, CollapsedCait, CollapsedNaFlex
+from .collapse_hf import find_hf_adapter, hf_cfg, is_hf
+from .collapsed import Collapsed, CollapsedEva, CollapsedVit, check_keep, collapsed_class
 from .orderer import CollapseOrder
+from .unsupported import unsupported_reason
 
 ADAPTERS: dict[type, type[Collapsed]] = {
     VisionTransformer: CollapsedVit,
     VisionTransformerDistilled: CollapsedVit,
     Eva: CollapsedEva,
+    NaFlexVit: CollapsedNaFlex,
+    Cait: CollapsedCait,
+    Beit: CollapsedBeit,
 }
 """Base class of a model -> the mixin that collapses it."""
+
+RELIED_ON = ("forward", "forward_features", "forward_intermediates", "forward_cls", "_pos_embed", "_forward_embeds")
+"""Methods of the base class that a subclass may not override: they say where the patch tokens are."""
 
 
 def collapse(
@@ -39,7 +52,7 @@ def collapse(
     again, to change the orderer.
 
     Args:
-        model: A timm `VisionTransformer`, `VisionTransformerDistilled` or `Eva`.
+        model: A timm `VisionTransformer`, `VisionTransformerDistilled`, `Eva`, `NaFlexVit`, `Cait` or `Beit`.
         orderer: What orders the patches, or its name, as for `CollapseOrder.from_pretrained`, or a baseline's.
         keep: Token budget, a ratio in (0, 1] of the patches, or a count.
         remainder: What becomes of the dropped patches: "none", "fused" or "coarse", see `Collapsed`.
@@ -55,21 +68,25 @@ def collapse(
     """
     if not isinstance(model, nn.Module):
         raise CollapseError(f"model must be a vision transformer (nn.Module), got {describe(model)}")
+    given = orderer
     if isinstance(orderer, str):
         orderer = CollapseOrder.named(orderer)
     if not isinstance(orderer, CollapseOrder):
         raise CollapseError(f"orderer must be a CollapseOrder or a name, got {describe(orderer)}")
     keep = check_keep(keep)
-    if remainder not in REMAINDERS:
-        raise CollapseError(f"remainder must be one of {', '.join(REMAINDERS)}, got {remainder!r}")
-    if not 0 < coarse_share <= 1:
-        raise CollapseError(f"coarse_share must be in (0, 1], got {coarse_share!r}")
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    cfg = hf_cfg(model) if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
     mean, std = mean or cfg.get("mean") or (0.5,) * 3, std or cfg.get("std") or (0.5,) * 3
+    base = type(model)
     if not isinstance(model, Collapsed):
-        adapter, base = find_adapter(model)
+        adapter, base = find_hf_adapter(model) if is_hf(model) else find_adapter(model)
         model.__class__ = collapsed_class(adapter, base)
-    model._setup(orderer, keep, remainder, coarse_share, mean, std)
+    try:
+        model._setup(orderer, keep, remainder, coarse_share, mean, std)
+    except CollapseError:
+        model.__class__ = base  # as it was
+        raise
+    if "orderer" in getattr(model, "_model_args", {}):  # a registered cvit_*: what save_for_hf writes
+        update_model_args(model, orderer=given, remainder=remainder, coarse_share=coarse_share)
     return model
 
 
@@ -80,11 +97,18 @@ def find_adapter(model: nn.Module) -> tuple[type[Collapsed], type]:
         CollapseError: There is none, with the reason.
     """
     cls = type(model)
-    adapter = ADAPTERS.get(cls) or next((ADAPTERS[base] for base in cls.__mro__ if base in ADAPTERS), None)
-    if adapter is None:
+    base = next((base for base in cls.__mro__ if base in ADAPTERS), None)
+    if base is None:
         raise CollapseError(
-            f"model: {cls.__name__} cannot be collapsed; supported are {', '.join(c.__name__ for c in ADAPTERS)}"
+            f"model: {cls.__name__} cannot be collapsed: {unsupported_reason(model)}; supported are "
+            f"{', '.join(c.__name__ for c in ADAPTERS)}"
         )
+    for name in RELIED_ON:
+        if getattr(cls, name, None) is not getattr(base, name, None) or name in vars(model):
+            raise CollapseError(
+                f"model: {cls.__name__} cannot be collapsed: it overrides {base.__name__}.{name}, on which collapse "
+                "relies"
+            )
     if getattr(getattr(model, "patch_drop", None), "prob", 0):
         raise CollapseError(
             f"model: patch_drop_rate must be 0, got {model.patch_drop.prob}: collapse takes the place of random drop"
@@ -94,4 +118,4 @@ def find_adapter(model: nn.Module) -> tuple[type[Collapsed], type]:
             f"{cls.__name__} has a convolutional stem: its tokens have seen more of the image than their own patch",
             stacklevel=3,
         )
-    return adapter, cls
+    return ADAPTERS[base], cls

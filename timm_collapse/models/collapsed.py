@@ -25,6 +25,7 @@ from .selection import (
     coarse_grid,
     coarse_images,
     dropped_weights,
+    fit_images,
     mean_dropped_patch,
     sparse_patch_embed,
     to_grid,
@@ -61,9 +62,9 @@ class Collapsed:
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def _setup(self, orderer: nn.Module, keep: float | int, remainder: str, coarse_share: float, mean, std) -> None:
+        self.remainder, self.coarse_share = remainder, coarse_share
         self.selection = Selection()
         self.orderer = orderer
-        self.remainder, self.coarse_share = remainder, coarse_share
         scale = [s / own for s, own in zip(std, orderer.std)]
         shift = [(m - own) / s for m, own, s in zip(mean, orderer.mean, orderer.std)]
         self._affine = None if scale == [1.0] * 3 and shift == [0.0] * 3 else (tuple(scale), tuple(shift))
@@ -81,7 +82,32 @@ class Collapsed:
     @keep.setter
     def keep(self, keep: float | int) -> None:
         self._keep = check_keep(keep)
-        update_model_args(self, keep=self._keep)  # so that save_for_hf keeps it
+        if "keep" in getattr(self, "_model_args", {}):  # a registered cvit_*: save_for_hf keeps it
+            update_model_args(self, keep=self._keep)
+
+    @property
+    def remainder(self) -> str:
+        return self._remainder
+
+    @remainder.setter
+    def remainder(self, remainder: str) -> None:
+        if remainder not in REMAINDERS:
+            raise CollapseError(f"remainder must be one of {', '.join(REMAINDERS)}, got {remainder!r}")
+        if remainder != "none" and hasattr(getattr(self, "patch_embed", None), "backbone"):
+            raise CollapseError(
+                f"remainder must be none, got {remainder!r}: the model's convolutional stem embeds whole images only"
+            )
+        self._remainder = remainder
+
+    @property
+    def coarse_share(self) -> float:
+        return self._coarse_share
+
+    @coarse_share.setter
+    def coarse_share(self, coarse_share: float) -> None:
+        if not isinstance(coarse_share, Real) or isinstance(coarse_share, bool) or not 0 < coarse_share <= 1:
+            raise CollapseError(f"coarse_share must be in (0, 1], got {coarse_share!r}")
+        self._coarse_share = float(coarse_share)
 
     # -- selection ---------------------------------------------------------------------------------------------------
 
@@ -104,6 +130,7 @@ class Collapsed:
     def compute_order(self, images: Tensor, upto: int | None = None) -> Order:
         """The order of the patches of images (B, 3, H, W) in this model's normalisation, on its own grid."""
         grid = self._image_grid(images)
+        images = fit_images(images, grid, self._patch_size())
         if self._affine is not None:
             scale, shift = (images.new_tensor(values).view(3, 1, 1) for values in self._affine)
             images = images * scale + shift
@@ -144,6 +171,7 @@ class Collapsed:
     def _remainder_tokens(self, x: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
         positions = self._patch_positions(grid)
         kept = self.selection.kept
+        x = fit_images(x, grid, self._patch_size())
         if self.remainder == "fused":
             tokens = self._embed_patches(mean_dropped_patch(x, kept, grid, self._patch_size()))
             weights = dropped_weights(kept, grid[0] * grid[1], tokens.dtype).unsqueeze(1)
@@ -172,6 +200,12 @@ class Collapsed:
         # the orderer's own tensors, so that strict loading misses none
         state_dict.update({f"{prefix}orderer.{key}": value for key, value in self.orderer.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _replicate_for_data_parallel(self):
+        raise CollapseError(
+            "a collapsed model cannot run in DataParallel, whose threads would share one selection; use "
+            "DistributedDataParallel"
+        )
 
     def requires_grad_(self, requires_grad: bool = True):
         super().requires_grad_(requires_grad)
@@ -210,6 +244,8 @@ def _restore(bases: tuple[type, type]) -> nn.Module:
 class CollapsedTimm(Collapsed):
     """What the timm families share: `forward_features`, `forward_intermediates` and a patch embedding."""
 
+    _returns_prefix_tokens = True  # whether forward_intermediates has that argument
+
     def _image_grid(self, x: Tensor) -> tuple[int, int]:
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise CollapseError(f"images must be a tensor of shape (B, C, H, W), got {describe(x)}")
@@ -220,10 +256,14 @@ class CollapsedTimm(Collapsed):
                 f"images must be {tuple(embed.img_size)} pixels, the model's img_size, got {size}; "
                 "set_input_size changes it, dynamic_img_size=True lifts it"
             )
-        return tuple(embed.grid_size) if strict else tuple(embed.dynamic_feat_size(size))
+        if strict:
+            return tuple(embed.grid_size)
+        if not embed.dynamic_img_pad and any(side % patch for side, patch in zip(size, self._patch_size())):
+            raise CollapseError(f"images must have sides that are multiples of {self._patch_size()}, got {size}")
+        return tuple(embed.dynamic_feat_size(size))
 
     def _patch_size(self) -> tuple[int, int]:
-        return tuple(self.patch_embed.patch_size)
+        return tuple(self.patch_embed.feat_ratio(as_scalar=False))
 
     def _embed_patches(self, images: Tensor) -> Tensor:
         embed = self.patch_embed
@@ -249,8 +289,8 @@ class CollapsedTimm(Collapsed):
             CollapseError: An order of another batch or grid, images of another size, or, while patches are dropped,
                 `attn_mask` or `is_causal`.
         """
-        self._select(x, order)
         try:
+            self._select(x, order)
             self._refuse_masks(args, kwargs)
             return super().forward_features(x, *args, **kwargs)
         finally:
@@ -274,19 +314,19 @@ class CollapsedTimm(Collapsed):
         Dropped places hold the remainder's token that stands for them, or 0 without a remainder. The final features
         are those of `forward_features`: the kept tokens.
         """
-        self._select(x, order)
         try:
+            self._select(x, order)
             self._refuse_masks((), kwargs)
             kept = self.selection.kept
             plain = super().forward_intermediates
+            which = (indices, return_prefix_tokens) if self._returns_prefix_tokens else (indices,)
             if kept is None:
-                return plain(x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only,
-                             *args, **kwargs)  # fmt: skip
+                return plain(x, *which, norm, stop_early, output_fmt, intermediates_only, *args, **kwargs)
             if args or kwargs.get("output_dict"):
                 raise CollapseError("output_dict must be False while patches are dropped, got True")
             if output_fmt not in ("NCHW", "NLC"):
                 raise CollapseError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
-            result = plain(x, indices, return_prefix_tokens, norm, stop_early, "NLC", intermediates_only, **kwargs)
+            result = plain(x, *which, norm, stop_early, "NLC", intermediates_only, **kwargs)
         finally:
             self.selection.clear()
         grid = self._image_grid(x)

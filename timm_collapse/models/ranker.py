@@ -13,6 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..order import CollapseError, check_images, expected_errors, greedy_factor_order
+from ..order.order import stable_argsort
 from .registry import build, pixel_cfg
 from .tokenizer import patchify, resize_images
 from .transformer import Transformer, border_distances, init_weights
@@ -96,13 +97,17 @@ class Ranker(nn.Module):
             images: (B, C, H, W), normalised.
             visible: (B, N) bool: the set that the network is told of.
             revealed: (B, C, N) bool: sets that contain it; revealed[:, 0] is the visible set itself.
-            errors: (B, C, N): the errors that the frozen reconstructor leaves after each set, 0 where revealed.
+            errors: (B, C, N): the errors that the frozen reconstructor leaves after each set, 0 where revealed; or
+                (B, C): one error for each of C sets of equal size (`FeatureLesson`).
 
         Returns:
             loss, and its parts: `map`, squared error of the error maps, and `gain`, Huber loss of what each set
-            removes in all from the visible one (that is what the greedy choice compares).
+            removes in all from the visible one (that is what the greedy choice compares). For one error a set:
+            `unexplained`, the share of the variance among an image's sets that is not predicted, and `level`.
         """
         predicted = expected_errors(*self.factors(self.static(images), visible), revealed)
+        if errors.ndim == 2:
+            return _set_losses(predicted.mean(-1), errors)
         hidden = ~revealed
         error_map = ((predicted - errors).square() * hidden).sum() / hidden.sum().clamp_min(1)
         gain = errors[:, :1].sum(-1) - errors[:, 1:].sum(-1)
@@ -136,14 +141,23 @@ class Ranker(nn.Module):
             if count <= 0:  # a small grid, or beyond `upto`
                 continue
             picks, gains = greedy_factor_order(*self.factors(static, visible), visible, count)
-            visible = visible.scatter(1, picks, True)
+            visible = visible.scatter(1, picks, 1)  # not True: jit.trace knows no bool there
             places = torch.arange(start, start + count, device=images.device, dtype=scores.dtype)
             scores.scatter_(1, picks, ((n - places) / n).expand(len(images), -1))
         if upto < n:
-            rest = gains.argsort(dim=1, descending=True, stable=True)[:, : n - upto]
+            rest = stable_argsort(gains, descending=True)[:, : n - upto]
             places = torch.arange(upto, n, device=images.device, dtype=scores.dtype)
             scores.scatter_(1, rest, ((n - places) / n).expand(len(images), -1))
         return scores
+
+
+def _set_losses(predicted: Tensor, errors: Tensor) -> dict[str, Tensor]:
+    """Losses of one error a set, (B, C): mostly of the differences among the sets of an image."""
+    level, true_level = predicted.mean(1, keepdim=True), errors.mean(1, keepdim=True)
+    spread = (errors - true_level).square().mean().clamp_min(1e-8)
+    unexplained = ((predicted - level) - (errors - true_level)).square().mean() / spread
+    level_loss = (level - true_level).square().mean()
+    return {"loss": unexplained + level_loss, "unexplained": unexplained.detach(), "level": level_loss.detach()}
 
 
 default_cfgs = generate_default_cfgs(

@@ -66,6 +66,16 @@ class KeepPatches(nn.Module):
         return (kept, self.selection.positions()) if self.with_positions else kept
 
 
+def embed_kept(conv: nn.Conv2d, images: Tensor, kept: Tensor) -> Tensor:
+    """What a strided convolution without padding gives for some patches, (B, k, D): the others are never read."""
+    (b, c, height, width), (p, q) = images.shape, conv.stride
+    h, w = height // p, width // q
+    patches = images[..., : h * p, : w * q].reshape(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
+    rows = torch.arange(b, device=images.device).unsqueeze(1)
+    patches = patches[rows, kept // w, kept % w].flatten(2)  # (B, k, C p q)
+    return nn.functional.linear(patches, conv.weight.flatten(1), conv.bias)
+
+
 class SparsePatchEmbed(PatchEmbed):
     """timm's `PatchEmbed` that embeds only the selected patches and leaves zeros in the places of the others.
 
@@ -78,14 +88,10 @@ class SparsePatchEmbed(PatchEmbed):
         kept = self.selection.kept
         if kept is None:
             return super().forward(x)
-        b, c, height, width = x.shape
-        (p, q), (h, w) = self.patch_size, self.dynamic_feat_size((height, width))
-        patches = x.reshape(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
-        rows = torch.arange(b, device=x.device).unsqueeze(1)
-        patches = patches[rows, kept // w, kept % w].flatten(2)  # (B, k, C p q): only the kept ones are read
-        tokens = self.norm(nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
-        tokens = scatter_tokens(tokens, kept, tokens.new_zeros(b, h * w, tokens.shape[-1]))
-        return tokens if self.flatten else tokens.view(b, h, w, -1)
+        h, w = self.dynamic_feat_size(tuple(x.shape[-2:]))
+        tokens = self.norm(embed_kept(self.proj, x, kept))
+        tokens = scatter_tokens(tokens, kept, tokens.new_zeros(len(x), h * w, tokens.shape[-1]))
+        return tokens if self.flatten else tokens.view(len(x), h, w, -1)
 
 
 def sparse_patch_embed(embed: nn.Module, selection: Selection) -> bool:
@@ -93,7 +99,7 @@ def sparse_patch_embed(embed: nn.Module, selection: Selection) -> bool:
 
     It can where it is one strided convolution without padding, of tokens in NLC or NHWC layout.
     """
-    if type(embed) is not PatchEmbed or embed.dynamic_img_pad:
+    if type(embed) not in (PatchEmbed, SparsePatchEmbed) or embed.dynamic_img_pad:
         return False
     if not embed.flatten and embed.output_fmt != Format.NHWC:
         return False
@@ -138,6 +144,12 @@ def cell_centres(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     rows = (2 * torch.arange(cells[0]) + 1) * grid[0] // (2 * cells[0])
     columns = (2 * torch.arange(cells[1]) + 1) * grid[1] // (2 * cells[1])
     return (rows[:, None] * grid[1] + columns).reshape(1, -1)
+
+
+def fit_images(images: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
+    """Images cropped or padded to whole patches, as patch embeddings do, at the right and at the bottom."""
+    bottom, right = (n * p - side for n, p, side in zip(grid, patch_size, images.shape[-2:]))
+    return images if bottom == right == 0 else nn.functional.pad(images, (0, right, 0, bottom))
 
 
 def coarse_images(images: Tensor, cells: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:

@@ -1,5 +1,6 @@
 """Orders of patches: tensors in, tensors out. Imports nothing else of the package."""
 
+from .augment import jitter_order, mix_random
 from .baselines import BASELINES, baseline_scores
 from .errors import CollapseError, check_grid, check_images, resolve_keep
 from .factors import expected_errors, greedy_factor_order
@@ -23,7 +24,9 @@ __all__ = [
     "greedy_factor_order",
     "halton_ranks",
     "image_dependence",
+    "jitter_order",
     "kendall",
+    "mix_random",
     "pagerank",
     "rank_graph",
     "resolve_keep",

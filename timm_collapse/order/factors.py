@@ -44,9 +44,27 @@ def condition(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor:
     g, weight = loadings.float(), revealed.float() / noise.float().unsqueeze(1)
     with torch.autocast(g.device.type, enabled=False):  # half products would not stay positive definite
         information = torch.einsum("bcn,bnr,bns->bcrs", weight, g, g) + torch.eye(g.shape[-1], device=g.device)
-        factor = torch.linalg.cholesky(information)
         transposed = g.mT.unsqueeze(1).expand(-1, revealed.shape[1], -1, -1)
+        if torch.onnx.is_in_onnx_export():
+            return _whiten(information, transposed).mT
+        factor = torch.linalg.cholesky(information)
         return torch.linalg.solve_triangular(factor, transposed, upper=False).mT
+
+
+def _whiten(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """L^-1 V for the Cholesky factor L of a matrix, by r steps of elimination: ONNX has no Cholesky.
+
+    Args:
+        matrix: (..., r, r), symmetric, positive definite.
+        vectors: (..., r, N), V.
+    """
+    rows, done = torch.cat([matrix, vectors], -1), []
+    for _ in range(matrix.shape[-1]):
+        first = rows[..., :1, :] / rows[..., :1, :1].sqrt()
+        done.append(first[..., -vectors.shape[-1] :])
+        multiples = first[..., 1 : rows.shape[-2]].mT  # what is left stays symmetric
+        rows = rows[..., 1:, 1:] - multiples * first[..., 1:]
+    return torch.cat(done, -2)
 
 
 @torch.no_grad()

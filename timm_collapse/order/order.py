@@ -92,7 +92,7 @@ class Order:
     def indices(self) -> Tensor:
         """(B, N) long: the numbers of the patches, best first."""
         if self._indices is None:
-            self._indices = self._scores.detach().argsort(dim=1, descending=True, stable=True)
+            self._indices = stable_argsort(self._scores.detach(), descending=True)
         return self._indices
 
     @property
@@ -200,8 +200,15 @@ class Order:
             values = values[:, :, rows[:, None], columns]
         # a stable sort of patches that are already laid out coarse to fine breaks the ties coarse to fine
         spread = bayer_ranks(grid).argsort().to(values.device)
-        indices = spread[values.flatten(1)[:, spread].argsort(dim=1, stable=True)]
+        indices = spread[stable_argsort(values.flatten(1)[:, spread])]
         return Order._from_permutations(grid, indices, _inverted(indices))
+
+
+def stable_argsort(values: Tensor, descending: bool = False) -> Tensor:
+    """(B, N) long: argsort of every row; equal values keep their order."""
+    if torch.onnx.is_in_onnx_export():
+        return values.sort(dim=1, descending=descending).indices  # becomes TopK, which is stable, and has no flag for it
+    return values.argsort(dim=1, descending=descending, stable=True)
 
 
 def _parents(new: int, old: int, device: torch.device) -> Tensor:

@@ -1,0 +1,168 @@
+"""CViT: timm's vision transformers, registered as collapsed models.
+
+Each is the timm architecture that its docstring names, with that architecture's pretrained weights under the same tags,
+collapsed by a bundled orderer: with `pretrained=True` the paper's training-free ViT+C. What `collapse` takes is taken
+by name: `timm.create_model("cvit_base_patch16", pretrained=True, keep=0.3, orderer="bayer", remainder="coarse")`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint, register_model
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from .collapse import collapse
+from .registry import pixel_cfg
+
+BASES = {
+    "cvit_tiny_patch16": "vit_tiny_patch16_224",
+    "cvit_small_patch16": "vit_small_patch16_224",
+    "cvit_base_patch16": "vit_base_patch16_224",
+    "cvit_large_patch16": "vit_large_patch16_224",
+    "cvit_base_patch8": "vit_base_patch8_224",
+    "cvit_small_patch14_dinov2": "vit_small_patch14_dinov2",
+    "cvit_base_patch14_dinov2": "vit_base_patch14_dinov2",
+    "cvit_large_patch14_dinov2": "vit_large_patch14_dinov2",
+    "cvit_small_patch16_dinov3": "vit_small_patch16_dinov3",
+    "cvit_base_patch16_dinov3": "vit_base_patch16_dinov3",
+    "cvit_base_patch16_siglip": "vit_base_patch16_siglip_224",
+}
+"""Collapsed architecture -> the timm architecture whose shape and weights it has."""
+
+
+def _base_cfgs() -> dict[str, Any]:
+    """Each base's pretrained configurations, under the collapsed name: the weights stay where timm has them."""
+    return {
+        full.replace(base, name, 1): cfg
+        for name, base in BASES.items()
+        for full, cfg in get_arch_pretrained_cfgs(base).items()
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **_base_cfgs(),
+        "cvit_tiny_patch8_64.untrained": pixel_cfg(num_classes=100, first_conv="patch_embed.proj", classifier="head"),
+        "cvit_tiny_patch4_32.untrained": pixel_cfg(
+            img_size=32, num_classes=10, first_conv="patch_embed.proj", classifier="head"
+        ),
+    }
+)
+
+
+def _cvit(
+    name: str,
+    pretrained: bool,
+    kwargs: dict[str, Any],
+    base: str = "",
+    orderer: str = "collapse_ranker_tiny_224",
+    keep: float | int = 0.22,
+    remainder: str = "none",
+    coarse_share: float = 0.5,
+    **shape: Any,
+) -> nn.Module:
+    """Build the base architecture (weights included, where asked for) and collapse it.
+
+    Args:
+        name: Collapsed architecture.
+        pretrained: Load weights.
+        kwargs: The caller's arguments: those of `collapse` and of the base architecture.
+        base: The timm architecture; empty takes that of BASES.
+        orderer, keep, remainder, coarse_share: Defaults of `collapse`'s arguments.
+        shape: Defaults of the base's arguments.
+    """
+    options = {"orderer": orderer, "keep": keep, "remainder": remainder, "coarse_share": coarse_share}
+    options = {key: kwargs.pop(key, value) for key, value in options.items()}
+    cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
+    model = model_entrypoint(base or BASES[name])(pretrained, pretrained_cfg=cfg, **{**shape, **kwargs})
+    vit = model.model if isinstance(model, FeatureGetterNet) else model  # features_only
+    vit._model_args = dict(options)  # save_for_hf writes these; `collapse` and `keep` keep them up to date
+    collapse(vit, mean=cfg.mean, std=cfg.std, **options)
+    return model
+
+
+@register_model
+def cvit_tiny_patch16(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_tiny_patch16_224`, collapsed."""
+    return _cvit("cvit_tiny_patch16", pretrained, kwargs)
+
+
+@register_model
+def cvit_small_patch16(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_small_patch16_224`, collapsed."""
+    return _cvit("cvit_small_patch16", pretrained, kwargs)
+
+
+@register_model
+def cvit_base_patch16(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_base_patch16_224`, collapsed: the paper's model."""
+    return _cvit("cvit_base_patch16", pretrained, kwargs)
+
+
+@register_model
+def cvit_large_patch16(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_large_patch16_224`, collapsed."""
+    return _cvit("cvit_large_patch16", pretrained, kwargs)
+
+
+@register_model
+def cvit_base_patch8(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_base_patch8_224`, collapsed: 784 patches."""
+    return _cvit("cvit_base_patch8", pretrained, kwargs)
+
+
+@register_model
+def cvit_small_patch14_dinov2(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_small_patch14_dinov2`, collapsed: 1,369 patches at its 518 px."""
+    return _cvit("cvit_small_patch14_dinov2", pretrained, kwargs)
+
+
+@register_model
+def cvit_base_patch14_dinov2(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_base_patch14_dinov2`, collapsed."""
+    return _cvit("cvit_base_patch14_dinov2", pretrained, kwargs)
+
+
+@register_model
+def cvit_large_patch14_dinov2(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_large_patch14_dinov2`, collapsed."""
+    return _cvit("cvit_large_patch14_dinov2", pretrained, kwargs)
+
+
+@register_model
+def cvit_small_patch16_dinov3(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_small_patch16_dinov3`, collapsed."""
+    return _cvit("cvit_small_patch16_dinov3", pretrained, kwargs)
+
+
+@register_model
+def cvit_base_patch16_dinov3(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_base_patch16_dinov3`, collapsed."""
+    return _cvit("cvit_base_patch16_dinov3", pretrained, kwargs)
+
+
+@register_model
+def cvit_base_patch16_siglip(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_base_patch16_siglip_224`, collapsed."""
+    return _cvit("cvit_base_patch16_siglip", pretrained, kwargs)
+
+
+@register_model
+def cvit_tiny_patch8_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """Width 192, 6 blocks, 8 x 8 patches of 8 px: for 64 px images."""
+    return _small("cvit_tiny_patch8_64", pretrained, kwargs, img_size=64, patch_size=8, num_classes=100)
+
+
+@register_model
+def cvit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """Width 192, 6 blocks, 8 x 8 patches of 4 px: for 32 px images."""
+    return _small("cvit_tiny_patch4_32", pretrained, kwargs, img_size=32, patch_size=4, num_classes=10)
+
+
+def _small(name: str, pretrained: bool, kwargs: dict[str, Any], **shape: Any) -> nn.Module:
+    """`vit_tiny_patch16_224` at half its depth, for small images."""
+    base = {"base": "vit_tiny_patch16_224", "orderer": "collapse_ranker_tiny", "depth": 6}
+    return _cvit(name, pretrained, kwargs, **base, **shape)
