@@ -24,7 +24,8 @@ from timm_collapse import CollapseError, collapse
 from timm_collapse.data import Indexed, OrderTable, eval_transform, labels_of, open_dataset, train_transform
 from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
 from timm_collapse.evaluation import accuracy_curves, image_batches
-from timm_collapse.hub import load_weights, save_model
+from timm_collapse.hub import save_model
+from timm_collapse.models.transformer import use_plain_attention
 from timm_collapse.order import jitter_order, mix_random
 
 
@@ -35,7 +36,11 @@ class Args(TrainArgs):
     model: str = field(default="cvit_tiny_patch8_64", metadata={"help": "Any cvit_* or collapsible timm architecture."})
     model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
     pretrained: bool = field(default=False, metadata={"help": "Start from the architecture's pretrained weights."})
-    init: str = field(default="", metadata={"help": "Start from the weights of this folder."})
+    init: str = field(
+        default="",
+        metadata={"help": "Start from the weights of this folder; patch and position embeddings are resampled to the "
+                          "new size, and the head is new where the number of classes differs."},
+    )  # fmt: skip
     orderer: str = field(
         default="", metadata={"help": "Orderer: registered name, folder or baseline; empty: the model's."}
     )
@@ -100,9 +105,10 @@ class Args(TrainArgs):
 def main() -> None:
     args = parse_args(Args, __doc__)
     dataset, num_classes = open_dataset(args.dataset, args.split, args.part)
-    model = timm.create_model(args.model, args.pretrained, num_classes=num_classes, **json.loads(args.model_args))
-    if args.init:
-        load_weights(model, args.init)
+    source = {"pretrained_cfg_overlay": weights_of(args.init)} if args.init else {}
+    model = timm.create_model(
+        args.model, args.pretrained or bool(args.init), num_classes=num_classes, **source, **json.loads(args.model_args)
+    )
     orderer = args.orderer or getattr(model, "_model_args", {}).get("orderer", "collapse_ranker_tiny_224")
     collapse(model, orderer, args.keep, args.remainder[0], args.coarse_share[0])
     cfg, size = model.pretrained_cfg, model.patch_embed.img_size[0]
@@ -158,13 +164,25 @@ def main() -> None:
         save_model(model, args.output, recipe=args, validation_top1=accuracy)
 
 
+def weights_of(folder: str) -> dict:
+    """A saved model as the source of an architecture's pretrained weights, in timm's terms."""
+    file, config = Path(folder) / "model.safetensors", Path(folder) / "config.json"
+    if not file.is_file() or not config.is_file():
+        raise CollapseError(f"init: {folder} has no saved model (config.json and model.safetensors)")
+    classes = json.loads(config.read_text())["num_classes"]
+    return {"file": str(file), "num_classes": classes, "first_conv": "patch_embed.proj", "classifier": "head"}
+
+
 def orders_of_dataset(args: Args, run: Run, orderer: str, dataset, transform) -> OrderTable:
     """Read the file of orders, or make it; the first process makes it for all."""
     size = run.bare.patch_embed.img_size
     source = f"{Path(args.dataset).name} {args.split} {args.part} {len(dataset)} {size} {Path(orderer).name}"
     if run.is_main and not Path(args.order_table).exists():
-        compute = run.bare.compute_order
-        table = OrderTable.build(compute, dataset, transform, source, device=run.accelerator.device)
+        device = run.accelerator.device
+        if device.type == "cpu":
+            use_plain_attention(run.bare.orderer)
+        with run.accelerator.autocast():
+            table = OrderTable.build(run.bare.compute_order, dataset, transform, source, device=device)
         table.save(args.order_table)
     run.accelerator.wait_for_everyone()
     return OrderTable.load(args.order_table, source)

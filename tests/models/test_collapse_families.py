@@ -80,7 +80,9 @@ class Masked(TorchFunctionMode):
             kwargs["attn_mask"] = mask if given is None else given + mask
         elif func in (torch.Tensor.softmax, torch.softmax, F.softmax):
             args = (args[0] + self.bias(args[0].shape[-1]), *args[1:])
-        elif func is torch.Tensor.__matmul__ and args[0].shape[-1] != args[1].shape[-1]:
+        elif (
+            func in (torch.Tensor.__matmul__, torch.Tensor.matmul) and args[0].shape[-1] == args[0].shape[-2]
+        ):  # attention @ values
             dropped = self.of(args[1].shape[-2]) if args[1].ndim == 4 else None
             if dropped is not None:
                 args = (args[0], args[1].masked_fill(dropped.unsqueeze(-1), 0.0))
@@ -225,7 +227,7 @@ def test_naflex_takes_patchified_batches_only_where_all_are_kept():
     collapse(model, NoOrder(), keep=1)
     assert torch.equal(model(batch), plain)
     assert torch.equal(model(**{"x": patches, "patch_coord": coord, "patch_valid": batch["patch_valid"]}), plain)
-    model.keep = 0.5
+    collapse(model, "bayer", keep=0.5)
     for call in (
         lambda: model(batch),
         lambda: model(patches, coord, batch["patch_valid"]),

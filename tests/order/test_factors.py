@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from timm_collapse.order import expected_errors, greedy_factor_order
+from timm_collapse.order.factors import condition
 
 
 @pytest.fixture
@@ -83,3 +84,23 @@ def test_visible_patches_are_not_picked_again(model):
     assert not set(picks.flatten().tolist()) & {2, 7}
     assert all(len(set(row)) == 5 for row in picks.tolist())
     assert (gains < 0).sum(1).tolist() == [7, 7, 7]
+
+
+def test_onnx_export_conditions_without_cholesky(monkeypatch):
+    loadings, noise = torch.randn(2, 20, 6), torch.rand(2, 20) + 0.1
+    revealed = torch.rand(2, 3, 20) < torch.tensor([0.0, 0.3, 0.8]).view(1, 3, 1)
+
+    def results():
+        g = condition(loadings, noise, revealed)
+        return (
+            g @ g.mT,
+            expected_errors(loadings, noise, revealed),
+            *greedy_factor_order(loadings, noise, revealed[:, 1], 4),
+        )
+
+    expected = results()
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    monkeypatch.setattr(torch.linalg, "cholesky", None)
+    covariance, errors, picks, gains = results()
+    assert torch.allclose(covariance, expected[0], atol=1e-5) and torch.allclose(errors, expected[1], atol=1e-5)
+    assert torch.equal(picks, expected[2]) and torch.allclose(gains, expected[3], atol=1e-4)

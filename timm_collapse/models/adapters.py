@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from timm.models.beit import Attention, RelativePositionBias
 from torch import Tensor, nn
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._input import update_model_args
 from timm.models.beit import Beit
 from timm.models.cait import Cait
@@ -52,13 +53,15 @@ def collapse(
     again, to change the orderer.
 
     Args:
-        model: A timm `VisionTransformer`, `VisionTransformerDistilled`, `Eva`, `NaFlexVit`, `Cait` or `Beit`.
+        model: A timm `VisionTransformer`, `VisionTransformerDistilled`, `Eva`, `NaFlexVit`, `Cait` or `Beit`; or a
+            transformers ViT, DINOv2, DINOv3, SigLIP or CLIP vision model.
         orderer: What orders the patches, or its name, as for `CollapseOrder.from_pretrained`, or a baseline's.
         keep: Token budget, a ratio in (0, 1] of the patches, or a count.
         remainder: What becomes of the dropped patches: "none", "fused" or "coarse", see `Collapsed`.
         coarse_share: Share of the budget that coarse tokens may take, in (0, 1].
-        mean, std: Normalisation of the images that the model gets, per channel; None takes the model's
-            `pretrained_cfg`.
+        mean, std: Normalisation of the images that the model gets, per channel; None takes what the model is collapsed
+            with already, or its `pretrained_cfg` (timm's default, ImageNet's, where it has none), or for transformers'
+            models what their family is trained with.
 
     Returns:
         The same object.
@@ -75,7 +78,8 @@ def collapse(
         raise CollapseError(f"orderer must be a CollapseOrder or a name, got {describe(orderer)}")
     keep = check_keep(keep)
     cfg = hf_cfg(model) if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
-    mean, std = mean or cfg.get("mean") or (0.5,) * 3, std or cfg.get("std") or (0.5,) * 3
+    known = model.normalisation if isinstance(model, Collapsed) else (cfg.get("mean"), cfg.get("std"))
+    mean, std = mean or known[0] or IMAGENET_DEFAULT_MEAN, std or known[1] or IMAGENET_DEFAULT_STD
     base = type(model)
     if not isinstance(model, Collapsed):
         adapter, base = find_hf_adapter(model) if is_hf(model) else find_adapter(model)

@@ -65,6 +65,7 @@ class Collapsed:
         self.remainder, self.coarse_share = remainder, coarse_share
         self.selection = Selection()
         self.orderer = orderer
+        self.normalisation = tuple(mean), tuple(std)
         scale = [s / own for s, own in zip(std, orderer.std)]
         shift = [(m - own) / s for m, own, s in zip(mean, orderer.mean, orderer.std)]
         self._affine = None if scale == [1.0] * 3 and shift == [0.0] * 3 else (tuple(scale), tuple(shift))

@@ -59,7 +59,7 @@ class FeatureLesson:
         grid = vit._image_grid(images)
         n = grid[0] * grid[1]
         vit.remainder = self.remainders[random.randint(0, len(self.remainders))]
-        budget = round(math.exp(math.log(2) + random.uniform() * math.log(max(1.0, self.max_share * n / 2))))
+        budget = round(math.exp(random.uniform() * math.log(max(1.0, self.max_share * n))))
         cells = vit._cells(budget, grid)
         size = budget - (cells[0] * cells[1] if cells else 0)
         start = 0 if random.randint(0, 10) < 4 else random.randint(0, size)

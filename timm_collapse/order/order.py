@@ -207,7 +207,7 @@ class Order:
 def stable_argsort(values: Tensor, descending: bool = False) -> Tensor:
     """(B, N) long: argsort of every row; equal values keep their order."""
     if torch.onnx.is_in_onnx_export():
-        return values.sort(dim=1, descending=descending).indices  # becomes TopK, which is stable, and has no flag for it
+        return values.sort(dim=1, descending=descending).indices  # becomes TopK, which is stable
     return values.argsort(dim=1, descending=descending, stable=True)
 
 

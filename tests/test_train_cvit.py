@@ -1,0 +1,137 @@
+"""CViT's training and the ranker's on features, in miniature, through the scripts."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from timm_collapse import CollapseError, CollapseOrder
+
+ROOT = Path(__file__).parent.parent
+SMALL = json.dumps({"embed_dim": 48, "depth": 2, "num_heads": 3})
+COMMON = ["--dataset", "digits", "--tensorboard", "false", "--log_every", "5"]
+
+
+def train(script: str, output: Path, *args: str, processes: int = 1, ok: bool = True) -> str:
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, str(ROOT / "train" / script), *COMMON, "--output", str(output), *args],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode == 0) == ok, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def train_cvit(output: Path, *args: str, **kwargs) -> str:
+    return train("cvit.py", output, "--model", "cvit_tiny_patch4_32", "--model_args", SMALL, *args, **kwargs)
+
+
+def same_weights(a: Path, b: Path, tolerance: float = 0.0) -> bool:
+    first, second = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return all((first[name] - second[name]).abs().max() <= tolerance for name in first)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A CViT that knows the digits, used to random orders and every remainder."""
+    folder = tmp_path_factory.mktemp("rvit")
+    arguments = ["--orderer", "random", "--remainder", "none", "coarse", "fused", "--steps", "150", "--lr", "3e-3"]
+    return folder, train_cvit(folder, *arguments, "--batch_size", "32", "--crop_scale", "0.8", "--keep", "0.5")
+
+
+@pytest.mark.slow
+def test_learns_digits_and_saves_what_it_was_asked_for(trained):
+    folder, printed = trained
+    recipe = json.loads((folder / "recipe.json").read_text())
+    accuracy = recipe["validation_top1"]
+    assert set(accuracy) == {"1.0", "0.5"} and accuracy["1.0"] > 60 and accuracy["0.5"] > 40, accuracy
+    assert "top-1:" in printed
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert (model.keep, model.orderer.baseline_name, model.remainder) == (0.5, "random", "none")
+    assert model.num_classes == 10
+
+
+@pytest.mark.slow
+def test_ranker_learns_from_its_features_and_orders_another_training(trained, tmp_path):
+    train("ranker.py", tmp_path / "ranker", "--target", "features", "--teacher", f"local-dir:{trained[0]}",
+          "--model_args", '{"dim": 32, "depth": 1, "rank": 8}', "--steps", "60", "--batch_size", "16", "--lr", "2e-3",
+          "--teacher_remainder", "none", "coarse")  # fmt: skip
+    log = [json.loads(line) for line in (tmp_path / "ranker" / "log.jsonl").read_text().splitlines()]
+    assert sum(line["unexplained"] for line in log[-4:]) / 4 < 0.97 < log[0]["unexplained"]  # it explains some of it
+    ranker = CollapseOrder.from_pretrained(str(tmp_path / "ranker"))
+    assert ranker(torch.rand(2, 3, 32, 32)).grid == (8, 8)
+    table = tmp_path / "orders.safetensors"
+    arguments = ["--orderer", str(tmp_path / "ranker"), "--order_table", str(table), "--steps", "4", "--batch_size", "8"]
+    arguments += ["--init", str(trained[0]), "--jitter", "0.05", "--random_orders", "0.2", "--val_split", ""]
+    train_cvit(tmp_path / "first", *arguments)
+    made = table.stat().st_mtime_ns
+    train_cvit(tmp_path / "second", *arguments)
+    assert table.stat().st_mtime_ns == made and same_weights(tmp_path / "first", tmp_path / "second")
+    said = train_cvit(tmp_path / "third", *arguments, "--orderer", "bayer", ok=False)
+    assert "order_table" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_goes_on_where_it_was_and_two_processes_end_as_one(tmp_path):
+    common = ["--orderer", "variance", "--val_split", "", "--mixup", "0.2", "--distill", "0.5", "--layer_decay", "0.8"]
+    train_cvit(tmp_path / "run", "--steps", "3", "--batch_size", "8", *common)
+    train_cvit(tmp_path / "run", "--steps", "6", "--batch_size", "8", *common)
+    log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [3, 5, 6] and all(line["divergence"] >= 0 for line in log)
+    plain = ["--orderer", "variance", "--val_split", "", "--steps", "4"]
+    train_cvit(tmp_path / "one", "--batch_size", "8", *plain)
+    train_cvit(tmp_path / "two", "--batch_size", "4", *plain, processes=2)
+    assert same_weights(tmp_path / "one", tmp_path / "two", tolerance=2e-4)
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("train_cvit", ROOT / "train" / "cvit.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_cvit"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_mask_rates_of_the_schedules():
+    args = load_script().Args
+    cosine = [args().mask_rate(u) for u in (0.0, 0.5, 1.0)]
+    assert cosine == pytest.approx([0.0, 0.99 * (1 - 2**-0.5), 0.99])  # low rates are favoured
+    assert args(keep_schedule="uniform").mask_rate(0.5) == pytest.approx(0.495)
+    assert args(keep_schedule="full").mask_rate(0.9) == 0.0
+    assert args(keep_schedule="0.22").mask_rate(0.3) == pytest.approx(0.78)
+    for wrong in ("nonsense", "0", "1.5", "nan"):
+        with pytest.raises(CollapseError, match="keep_schedule: must be"):
+            args(keep_schedule=wrong)
+    with pytest.raises(CollapseError, match="order_table"):
+        args(order_table="x", mixup=0.2)
+
+
+def test_timms_optimizer_scheduler_and_ema_take_a_cvit():
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    from timm.utils import ModelEmaV3
+
+    cvit = timm.create_model("cvit_tiny_patch4_32", orderer="bayer", **json.loads(SMALL))
+    optimizer = create_optimizer_v2(cvit, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=2, updates_per_epoch=2)
+    ema = ModelEmaV3(cvit, decay=0.5)
+    before = cvit.blocks[0].attn.qkv.weight.clone()
+    scales = {group["lr_scale"] for group in optimizer.param_groups}
+    assert len(scales) == 4  # embedding, two blocks, head
+    loss = cvit(torch.randn(4, 3, 32, 32)).logsumexp(1).sum() + cvit.head.weight.sum()
+    loss.backward()
+    optimizer.step()
+    scheduler.step(1)
+    ema.update(cvit)
+    assert not torch.equal(cvit.head.weight, ema.module.head.weight)
+    assert before.shape == ema.module.blocks[0].attn.qkv.weight.shape
