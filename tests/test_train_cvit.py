@@ -71,7 +71,16 @@ def test_ranker_learns_from_its_features_and_orders_another_training(trained, tm
     ranker = CollapseOrder.from_pretrained(str(tmp_path / "ranker"))
     assert ranker(torch.rand(2, 3, 32, 32)).grid == (8, 8)
     table = tmp_path / "orders.safetensors"
-    arguments = ["--orderer", str(tmp_path / "ranker"), "--order_table", str(table), "--steps", "4", "--batch_size", "8"]
+    arguments = [
+        "--orderer",
+        str(tmp_path / "ranker"),
+        "--order_table",
+        str(table),
+        "--steps",
+        "4",
+        "--batch_size",
+        "8",
+    ]
     arguments += ["--init", str(trained[0]), "--jitter", "0.05", "--random_orders", "0.2", "--val_split", ""]
     train_cvit(tmp_path / "first", *arguments)
     made = table.stat().st_mtime_ns

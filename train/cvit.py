@@ -114,9 +114,7 @@ def main() -> None:
     cfg, size = model.pretrained_cfg, model.patch_embed.img_size[0]
     plain = eval_transform(size, cfg["mean"], cfg["std"])
     augment = train_transform(size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
-    groups = param_groups_layer_decay(
-        model, args.weight_decay, model.no_weight_decay(), layer_decay=args.layer_decay
-    )
+    groups = param_groups_layer_decay(model, args.weight_decay, model.no_weight_decay(), layer_decay=args.layer_decay)
     if args.order_table:
         labels = torch.as_tensor(labels_of(dataset))
         run = Run(args, model, Indexed(dataset), plain, param_groups=groups)

@@ -35,14 +35,16 @@ class Args(TrainArgs):
     model: str = field(default="collapse_ranker_tiny", metadata={"help": "Registered architecture."})
     model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
     init: str = field(
-        default="", metadata={"help": "Start from these weights: a folder, or a registered name such as the pixel-trained one."}
+        default="",
+        metadata={"help": "Start from these weights: a folder, or a registered name such as the pixel-trained one."},
     )
     target: str = field(default="pixels", metadata={"help": "pixels (a reconstructor's errors) or features (a ViT's)."})
     teacher: str = field(
         default="", metadata={"help": "For features: any timm model name, hf-hub: and local-dir: included."}
     )
     teacher_remainder: list[str] = field(
-        default_factory=lambda: ["none"], metadata={"help": "For features: none, fused, coarse; one is drawn each step."}
+        default_factory=lambda: ["none"],
+        metadata={"help": "For features: none, fused, coarse; one is drawn each step."},
     )
     reconstructor: str = field(default="runs/environment", metadata={"help": "Folder of a trained reconstructor."})
     dataset: str = field(
@@ -53,7 +55,6 @@ class Args(TrainArgs):
     crop_scale: float = field(default=0.5, metadata={"help": "Smallest area share of the random crops."})
     sets: int = field(default=4, metadata={"help": "Revealed sets an image, beside the visible one."})
     on_policy: float = field(default=0.4, metadata={"help": "Share of steps on the ranker's own sets, after a tenth."})
-
 
     def __post_init__(self):
         super().__post_init__()

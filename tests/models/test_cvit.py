@@ -102,4 +102,6 @@ def test_config_json_is_plain(tmp_path):
     timm.models.save_for_hf(cvit, str(tmp_path), safe_serialization=True)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == "cvit_tiny_patch4_32"
-    assert config["model_args"]["keep"] == 16 and config["model_args"]["orderer"] == "collapse_ranker_tiny"
+    assert (
+        config["model_args"]["keep"] == 16 and config["model_args"]["orderer"] == "collapse_ranker_tiny.tin100_features"
+    )

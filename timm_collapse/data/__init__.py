@@ -4,4 +4,13 @@ from .datasets import DatasetInfo, labels_of, open_dataset
 from .loader import StepLoader, eval_transform, train_transform
 from .orders import Indexed, OrderTable
 
-__all__ = ["DatasetInfo", "Indexed", "OrderTable", "StepLoader", "eval_transform", "labels_of", "open_dataset", "train_transform"]
+__all__ = [
+    "DatasetInfo",
+    "Indexed",
+    "OrderTable",
+    "StepLoader",
+    "eval_transform",
+    "labels_of",
+    "open_dataset",
+    "train_transform",
+]

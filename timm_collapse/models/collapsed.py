@@ -6,7 +6,7 @@ A model is collapsed in place by `collapse`: its `__class__` becomes a subclass 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from numbers import Real
 from typing import Any
 
@@ -230,7 +230,7 @@ def check_order(order: Order, batch: int, grid: tuple[int, int]) -> None:
         raise CollapseError(f"order must be of the {batch} images of the batch, got one of {len(order)} images")
 
 
-@lru_cache(maxsize=None)
+@cache
 def collapsed_class(adapter: type, base: type) -> type:
     """The subclass of a model's class that its collapsed form has; made once, so that classes compare equal."""
     return type(f"Collapsed{base.__name__}", (adapter, base), {"__module__": adapter.__module__})

@@ -164,5 +164,5 @@ def cvit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
 
 def _small(name: str, pretrained: bool, kwargs: dict[str, Any], **shape: Any) -> nn.Module:
     """`vit_tiny_patch16_224` at half its depth, for small images."""
-    base = {"base": "vit_tiny_patch16_224", "orderer": "collapse_ranker_tiny", "depth": 6}
+    base = {"base": "vit_tiny_patch16_224", "orderer": "collapse_ranker_tiny.tin100_features", "depth": 6}
     return _cvit(name, pretrained, kwargs, **base, **shape)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..order import CollapseError, Order, jitter_order
+from ..order import CollapseError, Order, greedy_factor_order, jitter_order
 from .collapsed import Collapsed
 from .ranker import Ranker
 from .transformer import use_plain_attention
@@ -86,14 +86,13 @@ class FeatureLesson:
             chosen = (scores - scores.amin()).masked_fill(visible, torch.inf)
             chosen = torch.zeros_like(visible).scatter(1, chosen.topk(size, dim=1).indices, True)
             sets.append(chosen)
-            errors.append(self._distance(self._output(images, Order(chosen.float(), grid)), whole))
+            seen = self._output(images, Order(chosen.float(), grid))
+            errors.append(output_distance(seen, whole, vit.num_classes))
         return visible, torch.stack(sets, 1), torch.stack(errors, 1)
 
     @staticmethod
     def _continued(policy: Ranker, images: Tensor, visible: Tensor, count: int) -> Tensor:
         """Scores (B, N) of the policy's next `count` patches after the visible ones."""
-        from ..order import greedy_factor_order
-
         picks, gains = greedy_factor_order(*policy.factors(policy.static(images), visible), visible, count)
         places = torch.arange(count, 0, -1, device=images.device, dtype=gains.dtype) + gains.amax(1, keepdim=True)
         return gains.scatter(1, picks, places)
@@ -102,9 +101,18 @@ class FeatureLesson:
         """Logits (B, classes), or pooled features (B, D) of a ViT without a classifier."""
         return self.vit(images, order=order).float()
 
-    def _distance(self, output: Tensor, whole: Tensor) -> Tensor:
-        """(B,): root of the Kullback-Leibler divergence of class probabilities, or of 1 - cosine of features."""
-        if self.vit.num_classes:
-            divergence = F.kl_div(output.log_softmax(-1), whole.log_softmax(-1), reduction="none", log_target=True)
-            return divergence.sum(-1).clamp_min(0).sqrt()
-        return (1 - F.cosine_similarity(output, whole, dim=-1)).clamp_min(0).sqrt()
+
+def output_distance(output: Tensor, whole: Tensor, num_classes: int) -> Tensor:
+    """How far outputs are from those for the whole image, (B,).
+
+    Args:
+        output, whole: Logits (B, classes), or pooled features (B, D) of a ViT without a classifier.
+        num_classes: Of the ViT; 0: these are features.
+
+    Returns:
+        Root of the Kullback-Leibler divergence of class probabilities (from the whole image's), or of 1 - cosine.
+    """
+    if num_classes:
+        divergence = F.kl_div(output.log_softmax(-1), whole.log_softmax(-1), reduction="none", log_target=True)
+        return divergence.sum(-1).clamp_min(0).sqrt()
+    return (1 - F.cosine_similarity(output, whole, dim=-1)).clamp_min(0).sqrt()

@@ -163,6 +163,7 @@ def _set_losses(predicted: Tensor, errors: Tensor) -> dict[str, Tensor]:
 default_cfgs = generate_default_cfgs(
     {
         "collapse_ranker_tiny.tin100": pixel_cfg("collapse_ranker_tiny.tin100"),
+        "collapse_ranker_tiny.tin100_features": pixel_cfg("collapse_ranker_tiny.tin100_features"),
         "collapse_ranker_tiny_224.photos": pixel_cfg("collapse_ranker_tiny_224.photos", img_size=224),
         "collapse_ranker_tiny_224_rerun.photos": pixel_cfg("collapse_ranker_tiny_224_rerun.photos", img_size=224),
     }
@@ -171,7 +172,11 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def collapse_ranker_tiny(pretrained: bool = False, **kwargs) -> Ranker:
-    """4 blocks of width 128 on 8 px patches of 64 px images."""
+    """4 blocks of width 128 on 8 px patches of 64 px images.
+
+    `.tin100` knows which patches explain the pixels of the others, `.tin100_features` which bring a ViT's output
+    nearest to the one for the whole image.
+    """
     return build(Ranker, "collapse_ranker_tiny", pretrained, {}, kwargs)
 
 
