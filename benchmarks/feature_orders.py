@@ -68,9 +68,9 @@ def main() -> None:
     first = orders[args.orderers[0]]
     numbers["image_spearman"] = image_dependence(first).pairwise_spearman
     head = (
-        f"{len(images)} images of {Path(args.dataset).name} ({args.split}). Root of the Kullback-Leibler divergence from "
-        f"the frozen ViT's own output on the whole image (lower is better), and in brackets its top-1 accuracy in per cent "
-        f"({whole:.1f} on the whole image). Orders of {args.orderers[0]} of different images: Spearman "
+        f"{len(images)} images of {Path(args.dataset).name} ({args.split}). Root of the Kullback-Leibler divergence "
+        f"from the frozen ViT's own output on the whole image (lower is better), and in brackets its top-1 accuracy in "
+        f"per cent ({whole:.1f} on the whole image). Orders of {args.orderers[0]} of different images: Spearman "
         f"{numbers['image_spearman']:.3f}."
     )
     data = {"whole_image_top1": whole, "images": len(images), "orders": numbers}
