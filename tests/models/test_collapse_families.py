@@ -293,7 +293,7 @@ def build(name, **kwargs):
     try:
         return timm.create_model(name, depth=2, **kwargs)
     except AssertionError:
-        return timm.create_model(name, depth=2, num_kv_heads=None, **kwargs)
+        return timm.create_model(name, depth=2, num_kv_heads=(None, None), **kwargs)
 
 
 @pytest.mark.slow

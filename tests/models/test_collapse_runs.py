@@ -2,6 +2,7 @@
 
 import logging
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -45,11 +46,9 @@ class Indices(nn.Module):
 
 
 def run_onnx(model, inputs, path):
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     torch.onnx.export(model, (inputs,), dynamo=True, verbose=False).save(path)
-    session = runtime.InferenceSession(path)
+    session = onnxruntime.InferenceSession(path)
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
 
 
