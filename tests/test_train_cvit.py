@@ -26,7 +26,7 @@ def train(script: str, output: Path, *args: str, processes: int = 1, ok: bool = 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*launch, str(ROOT / "train" / script), *COMMON, "--output", str(output), *args],
-        env=environment, capture_output=True, text=True, timeout=300,
+        env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert (done.returncode == 0) == ok, done.stderr[-2000:]
     return done.stdout + done.stderr

@@ -9,6 +9,7 @@ Baselines are the same script with another argument: --orderer random (RViT), ba
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -153,13 +154,13 @@ def main() -> None:
     model = run.finish()
     model.keep, model.remainder, model.coarse_share = args.keep, args.remainder[0], args.coarse_share[0]
     if run.is_main:
-        accuracy = {}
+        save_model(model, args.output, recipe=args)
         if args.val_split:
             batches = image_batches(open_dataset(args.dataset, args.val_split).dataset, plain)
             curve = accuracy_curves({"cvit": model}, batches, sorted({1.0, 0.5, args.keep}))["cvit"]
             accuracy = dict(zip(curve.keeps, curve.top1))
             print("top-1:", ", ".join(f"{value:.1f}% at keep {keep:g}" for keep, value in accuracy.items()))
-        save_model(model, args.output, recipe=args, validation_top1=accuracy)
+            save_model(model, args.output, recipe=args, validation_top1=accuracy)
 
 
 def weights_of(folder: str) -> dict:
@@ -174,7 +175,8 @@ def weights_of(folder: str) -> dict:
 def orders_of_dataset(args: Args, run: Run, orderer: str, dataset, transform) -> OrderTable:
     """Read the file of orders, or make it; the first process makes it for all."""
     size = run.bare.patch_embed.img_size
-    source = f"{Path(args.dataset).name} {args.split} {args.part} {len(dataset)} {size} {Path(orderer).name}"
+    made_by = f"{Path(orderer).name} {weights_hash(run.bare.orderer)}"
+    source = f"{Path(args.dataset).name} {args.split} {args.part} {len(dataset)} {tuple(size)} {made_by}"
     if run.is_main and not Path(args.order_table).exists():
         device = run.accelerator.device
         if device.type == "cpu":
@@ -184,6 +186,14 @@ def orders_of_dataset(args: Args, run: Run, orderer: str, dataset, transform) ->
         table.save(args.order_table)
     run.accelerator.wait_for_everyone()
     return OrderTable.load(args.order_table, source)
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """So that the orders of an orderer that was trained again are not taken for its new ones."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 @torch.no_grad()

@@ -146,6 +146,11 @@ class Collapsed:
         if order is not None:
             check_order(order, len(x), grid)
         num_patches = grid[0] * grid[1]
+        if self._keep > num_patches:
+            raise CollapseError(
+                f"keep must be a ratio in (0, 1] or an int count in [2, {num_patches}], the patches of an image on the "
+                f"grid {grid}, got {self._keep}"
+            )
         budget = resolve_keep(self._keep, num_patches)
         if budget == num_patches:
             return
