@@ -83,8 +83,9 @@ def main() -> None:
     error = mean([curve.top1_error[curve.at(0.22)] for curve in reference])
     text = [
         f"Top-1 in per cent at each keep ratio, {images} validation images of {Path(args.dataset).name} (standard "
-        f"error of one figure at 22%: {error:.1f}; the variants see the same images). ± is half the range of the seeds. AuC: "
-        "mean top-1 over 0 to 99% masked; knee: Kneedle, as a keep ratio. Coarse and fused tokens count as tokens.",
+        f"error of one figure at 22%: {error:.1f}; the variants see the same images). ± is half the range of the "
+        "seeds. AuC: mean top-1 over 0 to 99% masked; knee: Kneedle, as a keep ratio. Coarse and fused tokens count as "
+        "tokens.",
         markdown_table(rows),
     ]
     if args.note:

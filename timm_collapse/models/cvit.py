@@ -153,16 +153,17 @@ def cvit_base_patch16_siglip(pretrained: bool = False, **kwargs) -> nn.Module:
 @register_model
 def cvit_tiny_patch8_64(pretrained: bool = False, **kwargs) -> nn.Module:
     """Width 192, 6 blocks, 8 x 8 patches of 8 px: for 64 px images."""
-    return _small("cvit_tiny_patch8_64", pretrained, kwargs, img_size=64, patch_size=8, num_classes=100)
+    orderer = "collapse_ranker_tiny.tin100_features"
+    return _small("cvit_tiny_patch8_64", pretrained, kwargs, orderer, img_size=64, patch_size=8, num_classes=100)
 
 
 @register_model
 def cvit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
     """Width 192, 6 blocks, 8 x 8 patches of 4 px: for 32 px images."""
-    return _small("cvit_tiny_patch4_32", pretrained, kwargs, img_size=32, patch_size=4, num_classes=10)
+    orderer = "collapse_ranker_tiny.cifar10_features"
+    return _small("cvit_tiny_patch4_32", pretrained, kwargs, orderer, img_size=32, patch_size=4, num_classes=10)
 
 
-def _small(name: str, pretrained: bool, kwargs: dict[str, Any], **shape: Any) -> nn.Module:
+def _small(name: str, pretrained: bool, kwargs: dict[str, Any], orderer: str, **shape: Any) -> nn.Module:
     """`vit_tiny_patch16_224` at half its depth, for small images."""
-    base = {"base": "vit_tiny_patch16_224", "orderer": "collapse_ranker_tiny.tin100_features", "depth": 6}
-    return _cvit(name, pretrained, kwargs, **base, **shape)
+    return _cvit(name, pretrained, kwargs, base="vit_tiny_patch16_224", orderer=orderer, depth=6, **shape)

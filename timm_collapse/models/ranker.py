@@ -164,6 +164,7 @@ default_cfgs = generate_default_cfgs(
     {
         "collapse_ranker_tiny.tin100": pixel_cfg("collapse_ranker_tiny.tin100"),
         "collapse_ranker_tiny.tin100_features": pixel_cfg("collapse_ranker_tiny.tin100_features"),
+        "collapse_ranker_tiny.cifar10_features": pixel_cfg("collapse_ranker_tiny.cifar10_features"),
         "collapse_ranker_tiny_224.photos": pixel_cfg("collapse_ranker_tiny_224.photos", img_size=224),
         "collapse_ranker_tiny_224_rerun.photos": pixel_cfg("collapse_ranker_tiny_224_rerun.photos", img_size=224),
     }
@@ -174,8 +175,8 @@ default_cfgs = generate_default_cfgs(
 def collapse_ranker_tiny(pretrained: bool = False, **kwargs) -> Ranker:
     """4 blocks of width 128 on 8 px patches of 64 px images.
 
-    `.tin100` knows which patches explain the pixels of the others, `.tin100_features` which bring a ViT's output
-    nearest to the one for the whole image.
+    `.tin100` knows which patches explain the pixels of the others; `.tin100_features` and `.cifar10_features` which
+    bring a ViT's output nearest to the one for the whole image.
     """
     return build(Ranker, "collapse_ranker_tiny", pretrained, {}, kwargs)
 
