@@ -105,3 +105,16 @@ def test_config_json_is_plain(tmp_path):
     assert (
         config["model_args"]["keep"] == 16 and config["model_args"]["orderer"] == "collapse_ranker_tiny.cifar10_features"
     )
+
+
+@pytest.mark.parametrize("name", ["cvit_tiny_patch8_64.tin100", "cvit_tiny_patch4_32.cifar10"])
+def test_bundled_models_load_offline_with_their_orderer(name):
+    cvit = timm.create_model(name, pretrained=True).eval()
+    assert cvit.keep == 0.22 and not isinstance(cvit.orderer.baseline_name, str)
+    images = torch.rand(4, 3, *cvit.patch_embed.img_size)
+    with torch.no_grad():
+        spread = cvit(images).softmax(-1).std(0).max()
+        cvit.keep = 1
+        assert spread > 1e-3 and cvit(images).isfinite().all()  # it looks at the image
+    untrained = timm.create_model(name.split(".")[0])
+    assert not torch.equal(untrained.head.weight, cvit.head.weight)

@@ -42,13 +42,13 @@ def _base_cfgs() -> dict[str, Any]:
     }
 
 
+_VIT_KEYS = {"first_conv": "patch_embed.proj", "classifier": "head"}
+
 default_cfgs = generate_default_cfgs(
     {
         **_base_cfgs(),
-        "cvit_tiny_patch8_64.untrained": pixel_cfg(num_classes=100, first_conv="patch_embed.proj", classifier="head"),
-        "cvit_tiny_patch4_32.untrained": pixel_cfg(
-            img_size=32, num_classes=10, first_conv="patch_embed.proj", classifier="head"
-        ),
+        "cvit_tiny_patch8_64.tin100": pixel_cfg("cvit_tiny_patch8_64.tin100", num_classes=100, **_VIT_KEYS),
+        "cvit_tiny_patch4_32.cifar10": pixel_cfg("cvit_tiny_patch4_32.cifar10", 32, num_classes=10, **_VIT_KEYS),
     }
 )
 
