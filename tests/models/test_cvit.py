@@ -103,7 +103,8 @@ def test_config_json_is_plain(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == "cvit_tiny_patch4_32"
     assert (
-        config["model_args"]["keep"] == 16 and config["model_args"]["orderer"] == "collapse_ranker_tiny.cifar10_features"
+        config["model_args"]["keep"] == 16
+        and config["model_args"]["orderer"] == "collapse_ranker_tiny.cifar10_features"
     )
 
 

@@ -53,6 +53,12 @@ def write_section(name: str, title: str, text: str, data: dict[str, Any], result
 
 
 def _relative(argument: str) -> str:
-    """Absolute paths, also behind `name=`, are those of one machine: keep their last two parts."""
-    name, equals, path = argument.rpartition("=")
-    return name + equals + ("/".join(Path(path).parts[-2:]) if path.startswith(("/", "..")) else path)
+    """Absolute paths, also behind `name=` and in lists with commas, are those of one machine: their last two parts."""
+    name, equals, paths = argument.rpartition("=")
+    return (
+        name
+        + equals
+        + ",".join(
+            "/".join(Path(path).parts[-2:]) if path.startswith(("/", "..")) else path for path in paths.split(",")
+        )
+    )
