@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1000, help="evenly spaced images of the split")
     parser.add_argument(
         "--orderers", nargs="+", default=["collapse_ranker_tiny.tin100_features", "collapse_ranker_tiny.tin100"],
-        help="the first one also gets its controls: reversed, of another image, mean map, one phase",
+        help="the first one also gets its controls: reversed, of another image, mean map",
     )  # fmt: skip
     parser.add_argument("--remainders", nargs="+", default=["none", "coarse"])
     return parser.parse_args()
@@ -52,9 +52,12 @@ def main() -> None:
     with torch.autocast(images.device.type, torch.bfloat16):
         orders = make_orders(args.orderers, vit, images)
         text, numbers = [], {}
+        whole = output(vit, images, 1.0)
         for remainder in args.remainders:
             vit.remainder = remainder
-            found = {name: measure(vit, images, labels, order) for name, order in tqdm(orders.items(), desc=remainder)}
+            found = {
+                name: measure(vit, images, labels, order, whole) for name, order in tqdm(orders.items(), desc=remainder)
+            }
             numbers[remainder] = found
             rows = [
                 {
@@ -64,16 +67,15 @@ def main() -> None:
                 for name in sorted(found, key=lambda name: found[name]["0.22"][0])
             ]
             text.append(f"Remainder: {remainder}.\n\n{markdown_table(rows)}")
-        whole = top1(output(vit, images, 1.0), labels)
-    first = orders[args.orderers[0]]
+    accuracy, first = top1(whole, labels), orders[args.orderers[0]]
     numbers["image_spearman"] = image_dependence(first).pairwise_spearman
     head = (
         f"{len(images)} images of {Path(args.dataset).name} ({args.split}). Root of the Kullback-Leibler divergence "
         f"from the frozen ViT's own output on the whole image (lower is better), and in brackets its top-1 accuracy in "
-        f"per cent ({whole:.1f} on the whole image). Orders of {args.orderers[0]} of different images: Spearman "
+        f"per cent ({accuracy:.1f} on the whole image). Orders of {args.orderers[0]} of different images: Spearman "
         f"{numbers['image_spearman']:.3f}."
     )
-    data = {"whole_image_top1": whole, "images": len(images), "orders": numbers}
+    data = {"whole_image_top1": accuracy, "images": len(images), "orders": numbers}
     write_section(f"features_{args.name}", f"Recovering a ViT's output: {args.name}", "\n\n".join([head, *text]), data)
     print("\n\n".join([head, *text]))
 
@@ -91,9 +93,8 @@ def make_orders(names: list[str], vit, images: torch.Tensor) -> dict[str, Order]
     return orders
 
 
-def measure(vit, images: torch.Tensor, labels: torch.Tensor, order: Order) -> dict[str, list[float]]:
-    """Distance and accuracy at each keep."""
-    whole = output(vit, images, 1.0)
+def measure(vit, images, labels: torch.Tensor, order: Order, whole: torch.Tensor) -> dict[str, list[float]]:
+    """Distance from the output on whole images, and accuracy, at each keep."""
     found = {}
     for keep in KEEPS:
         seen = output(vit, images, keep, order)

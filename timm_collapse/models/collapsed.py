@@ -186,12 +186,10 @@ class Collapsed:
             weights = cell_weights(grid, cells).to(tokens)
         return tokens if positions is None else tokens + weights @ positions.to(tokens.dtype)
 
-    def _dense(self, tokens: Tensor, kept: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    def _dense(self, tokens: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, k + r, D) -> (B, N, D)."""
-        return tokens if kept is None else to_grid(tokens, kept, grid, self._cells_of(tokens, kept, grid))
-
-    def _cells_of(self, tokens: Tensor, kept: Tensor, grid: tuple[int, int]) -> tuple[int, int] | None:
-        return self._cells(tokens.shape[1], grid) if tokens.shape[1] > kept.shape[1] else None
+        cells = self._cells(tokens.shape[1], grid) if tokens.shape[1] > kept.shape[1] else None
+        return to_grid(tokens, kept, grid, cells)
 
     # -- nn.Module ---------------------------------------------------------------------------------------------------
 
