@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import evaluate_cli
+from . import bank_cli, evaluate_cli, evaluate_generation_cli, generate_cli, latents_cli
 
 PIXELS_PER_PATCH = 16  # a grid of 14 x 14 stands for a photo of 224 x 224
 MAX_GRID = 128
@@ -173,6 +173,38 @@ COMMANDS = [
         summary="accuracy and speed of ViTs that see only the first patches",
         description=evaluate_cli.DESCRIPTION,
         example=evaluate_cli.EXAMPLE,
+    ),
+    Command(
+        "generate",
+        generate_cli.run_generate,
+        generate_cli.declare_generate,
+        summary="images of a generator, patch by patch along an order",
+        description=generate_cli.DESCRIPTION,
+        example=generate_cli.EXAMPLE,
+    ),
+    Command(
+        "evaluate-generation",
+        evaluate_generation_cli.run,
+        evaluate_generation_cli.declare,
+        summary="generated images against real ones",
+        description=evaluate_generation_cli.DESCRIPTION,
+        example=evaluate_generation_cli.EXAMPLE,
+    ),
+    Command(
+        "order-bank",
+        bank_cli.run_bank,
+        bank_cli.declare_bank,
+        summary="the orders of a data set by class, for a generator",
+        description=bank_cli.DESCRIPTION,
+        example=bank_cli.EXAMPLE,
+    ),
+    Command(
+        "latents",
+        latents_cli.run_latents,
+        latents_cli.declare_latents,
+        summary="the latents of a data set, to train a generator on",
+        description=latents_cli.DESCRIPTION,
+        example=latents_cli.EXAMPLE,
     ),
     Command(
         "order",

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import StepLoader
+from .data import OrderTable, StepLoader
+from .hub import weights_hash
 from .models.transformer import use_plain_attention
 from .order import CollapseError
 
@@ -42,9 +43,8 @@ class TrainArgs:
     grad_accum: int = field(default=1, metadata={"help": "Micro-steps per optimizer step."})
     lr: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay (none on 1-D parameters)."})
-    warmup: float = field(
-        default=0.05, metadata={"help": "Share of the steps in linear warm-up; cosine to 0 after it."}
-    )
+    warmup: float = field(default=0.05, metadata={"help": "Share of the steps in linear warm-up."})
+    schedule: str = field(default="cosine", metadata={"help": "After the warm-up: cosine (to 0) or constant."})
     clip: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this; 0 for never."})
     ema: float = field(
         default=0.999, metadata={"help": "EMA decay of the weights that are saved (warmed up); 0 for none."}
@@ -65,6 +65,8 @@ class TrainArgs:
         for name in ("steps", "batch_size", "grad_accum", "log_every"):
             if getattr(self, name) < 1:
                 raise CollapseError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.schedule not in ("cosine", "constant"):
+            raise CollapseError(f"schedule: must be cosine or constant, got {self.schedule!r}")
         if self.resume not in ("auto", "none"):
             raise CollapseError(f"resume: must be 'auto' or 'none', got {self.resume!r}")
 
@@ -118,6 +120,31 @@ def run_script(main: Callable[[], None]) -> None:
     except (CollapseError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def data_set_orders(
+    run: Run, path: str | Path, described: str, dataset, transform: Callable, orderer: nn.Module, compute: Callable
+) -> OrderTable:
+    """Read the file of a data set's orders, or make it; the first process makes it for all.
+
+    Args:
+        path: The file.
+        described: Data set, image size and orderer in words; with the hash of the orderer's weights, a file made of
+            anything else is refused.
+        dataset, transform: (PIL image, label); PIL image -> what `compute` takes.
+        orderer: The module that orders.
+        compute: Images (B, 3, H, W) -> Order.
+    """
+    source = f"{described} {weights_hash(orderer)}"
+    if run.is_main and not Path(path).exists():
+        device = run.accelerator.device
+        if device.type == "cpu":
+            use_plain_attention(orderer)
+        with run.accelerator.autocast():
+            table = OrderTable.build(compute, dataset, transform, source, device=device, quiet=run.quiet)
+        table.save(path)
+    run.accelerator.wait_for_everyone()
+    return OrderTable.load(path, source)
 
 
 class Run:
@@ -232,6 +259,8 @@ class Run:
         warmup = max(1, round(self.args.warmup * self.args.steps))
         if step < warmup:
             return self.args.lr * (step + 1) / warmup
+        if self.args.schedule == "constant":
+            return self.args.lr
         return self.args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.args.steps - warmup)))
 
     def step(

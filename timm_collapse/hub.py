@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -56,6 +57,14 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
         model.load_state_dict(timm.create_model(name, pretrained=True).state_dict())
     except (OSError, RuntimeError) as error:
         raise CollapseError(f"init: the weights of {str(source)!r} do not fit: {error}") from error
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Twelve hexadecimal digits that another training of the same model does not share."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,6 @@ Baselines are the same script with another argument: --orderer random (RViT), ba
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -23,10 +22,9 @@ from timm.optim import param_groups_layer_decay
 
 from timm_collapse import CollapseError, collapse
 from timm_collapse.data import Indexed, OrderTable, eval_transform, labels_of, open_dataset, train_transform
-from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
+from timm_collapse.engine import Run, TrainArgs, data_set_orders, parse_args, run_script
 from timm_collapse.evaluation import accuracy_curves, image_batches
 from timm_collapse.hub import save_model
-from timm_collapse.models.transformer import use_plain_attention
 from timm_collapse.order import jitter_order, mix_random
 
 
@@ -173,27 +171,11 @@ def weights_of(folder: str) -> dict:
 
 
 def orders_of_dataset(args: Args, run: Run, orderer: str, dataset, transform) -> OrderTable:
-    """Read the file of orders, or make it; the first process makes it for all."""
-    size = run.bare.patch_embed.img_size
-    made_by = f"{Path(orderer).name} {weights_hash(run.bare.orderer)}"
-    source = f"{Path(args.dataset).name} {args.split} {args.part} {len(dataset)} {tuple(size)} {made_by}"
-    if run.is_main and not Path(args.order_table).exists():
-        device = run.accelerator.device
-        if device.type == "cpu":
-            use_plain_attention(run.bare.orderer)
-        with run.accelerator.autocast():
-            table = OrderTable.build(run.bare.compute_order, dataset, transform, source, device=device)
-        table.save(args.order_table)
-    run.accelerator.wait_for_everyone()
-    return OrderTable.load(args.order_table, source)
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """So that the orders of an orderer that was trained again are not taken for its new ones."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    """The orders of the training images, see `data_set_orders`."""
+    size = tuple(run.bare.patch_embed.img_size)
+    described = f"{Path(args.dataset).name} {args.split} {args.part} {len(dataset)} {size} {Path(orderer).name}"
+    compute = run.bare.compute_order
+    return data_set_orders(run, args.order_table, described, dataset, transform, run.bare.orderer, compute)
 
 
 @torch.no_grad()

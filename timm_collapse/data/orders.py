@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -73,6 +73,12 @@ class OrderTable:
         """The orders of samples `index` (B,) long, mirrored (B,) bool or not."""
         index, mirrored = index.cpu(), mirrored.cpu()
         return Order.from_ranks(self.ranks[mirrored.long(), index].long(), self.grid)
+
+    def batches(self, labels: Tensor, size: int = 1024) -> Iterator[tuple[Order, Tensor]]:
+        """All orders, of the images and then of their mirror images, with the labels (n,) of the images."""
+        for side in self.ranks:
+            for ranks, part in zip(side.split(size), labels.split(size), strict=True):
+                yield Order.from_ranks(ranks.long(), self.grid), part
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..order import CollapseError, check_images
+from .vae_weights import load_vae
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -68,11 +69,7 @@ class VaeTokenizer(nn.Module):
 
     def __init__(self, vae: nn.Module | str, scale: float | None = None, patch_size: int = 1):
         super().__init__()
-        if isinstance(vae, str):
-            from diffusers import AutoencoderKL
-
-            vae = AutoencoderKL.from_pretrained(vae)
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae = vae = load_vae(vae)
         self.scale = float(vae.config.scaling_factor if scale is None else scale)
         self.patch_size = patch_size
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)

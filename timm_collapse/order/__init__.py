@@ -1,9 +1,11 @@
 """Orders of patches: tensors in, tensors out. Imports nothing else of the package."""
 
 from .augment import jitter_order, mix_random
+from .bank import ClassOrderBank
 from .baselines import BASELINES, baseline_scores
 from .errors import CollapseError, check_grid, check_images, resolve_keep
 from .factors import expected_errors, greedy_factor_order
+from .generation import GENERATION_ORDERS, GenerationOrder, tokens_per_step
 from .order import Order
 from .pagerank import pagerank
 from .ranking import RANKINGS, rank_graph
@@ -12,8 +14,11 @@ from .statistics import ImageDependence, image_dependence, kendall, spearman
 
 __all__ = [
     "BASELINES",
+    "GENERATION_ORDERS",
     "RANKINGS",
+    "ClassOrderBank",
     "CollapseError",
+    "GenerationOrder",
     "ImageDependence",
     "Order",
     "baseline_scores",
@@ -31,4 +36,5 @@ __all__ = [
     "rank_graph",
     "resolve_keep",
     "spearman",
+    "tokens_per_step",
 ]

@@ -1,0 +1,204 @@
+"""Generation orders compared on the same trained generators: distances of their samples from real images.
+
+    python benchmarks/generation_orders.py --name cifar10 --models mar=runs/mar cmar=runs/cmar \\
+        --bank runs/cmar/order_bank.safetensors --dataset data/cifar10 --features local-dir:runs/judge --work runs/orders
+
+For every model and order the guidance scale is chosen on --sweep-samples samples of a seed of their own; then --samples
+are made with it for each of --seeds. Labels and start noise of a seed are the same for all orders. Every measured cell
+is a file in --work: a killed run goes on, and several processes (--part 0/2, 1/2) share the cells; the last run, with
+all cells there, writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from tqdm.auto import tqdm
+
+import timm_collapse  # noqa: F401  (registers the models)
+from timm_collapse import ClassOrderBank, GenerationOrder
+from timm_collapse.data import open_dataset
+from timm_collapse.data.latents import ResizedPixels
+from timm_collapse.evaluation.generation import Features, evaluate_generation, extract_features
+from timm_collapse.evaluation.report import markdown_table, write_section
+from timm_collapse.models import load_codec
+from timm_collapse.models.transformer import use_plain_attention
+
+ORDERS = ("random", "halton", "bayer", "raster", "centre", "collapse", "collapse mean", "shuffled classes", "reversed")
+SHOWN = ("frechet", "kid", "precision", "recall", "density", "coverage", "label_accuracy", "classifier_score")
+
+
+class Cell(NamedTuple):
+    """One batch of samples to measure."""
+
+    model: str
+    order: str
+    guidance: float
+    seed: int
+    samples: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.model}-{self.order}-{self.guidance:g}-{self.seed}-{self.samples}.json".replace(" ", "_")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--name", required=True, help="section of docs/results.md and name of the JSON file")
+    add("--models", nargs="+", required=True, metavar="LABEL=FOLDER", help="trained generators")
+    add("--bank", required=True, help="order bank of the training images")
+    add("--orders", nargs="+", default=list(ORDERS), choices=[*ORDERS, "confidence"])
+    add("--dataset", required=True)
+    add("--references", type=int, default=10000, help="evenly spaced training images to compare with")
+    add("--features", required=True, help="timm classifier of the data set")
+    add("--samples", type=int, default=5000)
+    add("--seeds", type=int, nargs="+", default=[0, 1])
+    add("--sweep-samples", type=int, default=1000)
+    add("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
+    add("--steps", type=int, default=16)
+    add("--diffusion-steps", type=int, default=25)
+    add("--temperature", type=float, default=1.0)
+    add("--order-temperature", type=float, default=0.1, help="Plackett-Luce noise around the class mean")
+    add("--batch-size", type=int, default=250)
+    add("--work", default="runs/generation_orders")
+    add("--part", default="0/1", help="i/n: this process measures every n-th order")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    work = Path(args.work)
+    work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args)
+    own, parts = (int(n) for n in args.part.split("/"))
+    models = dict(item.split("=", 1) for item in args.models)
+    pairs = [(model, order) for order in args.orders for model in models]
+    for model, order in pairs[own::parts]:
+        best = bench.best_guidance(model, order)
+        for seed in args.seeds:
+            bench.measure(Cell(model, order, best, seed, args.samples))
+    try:
+        report(args, bench, pairs)
+    except FileNotFoundError as missing:
+        print(f"not all cells are measured yet ({Path(missing.filename).name}): no table")
+
+
+class Bench:
+    """Generates and measures cells; what is slow to make is made once."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.work = args, Path(args.work)
+        self.bank = ClassOrderBank.load(args.bank)
+        self.folders = dict(item.split("=", 1) for item in args.models)
+        self.models: dict[str, torch.nn.Module] = {}
+        self.judge = timm.create_model(args.features, pretrained=True).eval()
+        self._real: Features | None = None
+
+    def best_guidance(self, model: str, order: str) -> float:
+        """The scale with the smallest Fréchet distance on samples that are not measured again."""
+        cells = [Cell(model, order, g, 1000, self.args.sweep_samples) for g in self.args.guidance]
+        return min(cells, key=lambda cell: self.measure(cell)["frechet"]).guidance
+
+    def measure(self, cell: Cell) -> dict:
+        path = self.work / cell.file
+        if not path.exists():
+            result = self._measure(cell)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(result))
+            temporary.replace(path)
+        return json.loads(path.read_text())
+
+    def _measure(self, cell: Cell) -> dict:
+        labels = torch.arange(cell.samples) % self.model(cell.model).num_classes
+        images = torch.cat([self.generate(cell, i, part) for i, part in enumerate(
+            tqdm(labels.split(self.args.batch_size), desc=Path(cell.file).stem, mininterval=10))])  # fmt: skip
+        fake = extract_features(self.judge, images, precision="bf16", batch_size=250, progress=False)
+        fake.labels = labels
+        return evaluate_generation(fake, self.real).to_dict()
+
+    @torch.no_grad()
+    def generate(self, cell: Cell, number: int, labels: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, 3, H, W)."""
+        mar, args = self.model(cell.model), self.args
+        # the noise is drawn apart from the orders, which draw different amounts of randomness
+        own = torch.Generator().manual_seed(cell.seed * 1_000_003 + number)
+        noise = torch.randn(len(labels), mar.seq_len, mar.token_dim, generator=own)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = mar.generate(
+                labels, args.steps, cell.guidance, temperature=args.temperature, order=self.order(cell.order, mar.grid),
+                noise=noise, generator=own, diffusion_steps=args.diffusion_steps,
+            )  # fmt: skip
+        return (load_codec(mar.vae).decode(latents) * 255).round().to(torch.uint8)
+
+    def order(self, name: str, grid: tuple[int, int]) -> GenerationOrder:
+        if name == "collapse mean":
+            return GenerationOrder("collapse", grid, self.bank, "mean", self.args.order_temperature)
+        if name == "shuffled classes":
+            return GenerationOrder("collapse", grid, self.bank.shuffled(0))
+        return GenerationOrder("collapse_reversed" if name == "reversed" else name, grid, self.bank)
+
+    def model(self, label: str):
+        if label not in self.models:
+            self.models[label] = timm.create_model(f"local-dir:{self.folders[label]}", pretrained=True).eval()
+            use_plain_attention(self.models[label])
+        return self.models[label]
+
+    @property
+    def real(self) -> Features:
+        """Features of the training images, kept in a file."""
+        path = self.work / "real.pt"
+        if self._real is None and path.exists():
+            self._real = Features(**torch.load(path))
+        if self._real is None:
+            dataset = open_dataset(self.args.dataset, "train").dataset
+            pixels = ResizedPixels(dataset, next(iter(map(self.model, self.folders))).img_size)
+            picked = torch.linspace(0, len(dataset) - 1, min(self.args.references, len(dataset))).long().tolist()
+            images = torch.stack([pixels[i][0] for i in tqdm(picked, desc="real images")])
+            self._real = extract_features(self.judge, images, precision="bf16", batch_size=250)
+            torch.save(vars(self._real), path)
+        return self._real
+
+
+def report(args: argparse.Namespace, bench: Bench, pairs: list[tuple[str, str]]) -> None:
+    """Reads all cells; FileNotFoundError where one is not there yet."""
+    rows, data = [], {"sweeps": {}, "cells": {}}
+    for model, order in pairs:
+        sweep = {}
+        for guidance in args.guidance:
+            cell = Cell(model, order, guidance, 1000, args.sweep_samples)
+            sweep[guidance] = json.loads((bench.work / cell.file).read_text())["frechet"]
+        best = min(sweep, key=sweep.get)
+        files = [bench.work / Cell(model, order, best, seed, args.samples).file for seed in args.seeds]
+        found = [json.loads(file.read_text()) for file in files]
+        data["sweeps"][f"{model}, {order}"] = sweep
+        data["cells"][f"{model}, {order}"] = {"guidance": best, "seeds": found}
+        means = {key: statistics.mean(each[key] for each in found) for key in SHOWN}
+        spread = max(each["frechet"] for each in found) - min(each["frechet"] for each in found)
+        rows.append({
+            "model": model, "order": order, "guidance": f"{best:g}",
+            "Fréchet": f"{means['frechet']:.3f} (± {spread / 2:.3f})", "kernel x 1000": f"{1000 * means['kid']:.2f}",
+            **{key: f"{means[key]:.3f}" for key in ("precision", "recall", "density", "coverage")},
+            "label accuracy": f"{100 * means['label_accuracy']:.1f}%", "score": f"{means['classifier_score']:.2f}",
+        })  # fmt: skip
+    rows.sort(key=lambda row: (row["model"], float(row["Fréchet"].split()[0])))
+    top1 = json.loads((Path(args.features.removeprefix("local-dir:")) / "recipe.json").read_text())["validation_top1"]
+    text = (
+        f"{args.samples} samples a seed ({len(args.seeds)} seeds; ± half their range), {args.steps} steps, "
+        f"{args.diffusion_steps} diffusion steps, linear guidance, its scale chosen for each row among "
+        f"{', '.join(f'{g:g}' for g in args.guidance)} on {args.sweep_samples} samples of another seed. Distances to "
+        f"{args.references} training images in the features of {bench.real.name} ({top1:.1f}% top-1): not FID.\n\n"
+        + markdown_table(rows)
+    )
+    write_section(f"generation_orders_{args.name}", f"Generation orders: {args.name}", text, data)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Train MAR or CMAR, the masked generator: from scratch, or fine-tuned in collapse order.
+
+    accelerate launch train/cmar.py                                        # digits, minutes on a CPU
+    accelerate launch train/cmar.py --dataset path/to/cifar10 --model mar_tiny_patch4_32 --orderer random
+    accelerate launch train/cmar.py --dataset path/to/imagenet --model cmar_base --init mar_base.pth \\
+        --vae xwen99/mar-vae-kl16 --steps 24000 --batch_size 32 --lr 1e-7 --warmup 0.1 --ema 0.99999 --precision bf16
+
+A MAR is the same network as a CMAR: it sees random orders (--orderer random). With any other orderer, the patches that
+come late in the image's collapse order are masked, and learnt from those that come early; --random_orders of the
+samples see a random order. Latents are cached once (--latents), and so are the orders (--order_table); the orders of
+the training images become the order bank that is saved beside the weights and that `generate` draws from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from timm_collapse import ClassOrderBank, CollapseError, CollapseOrder
+from timm_collapse.data import LatentCache, OrderTable, eval_transform, open_dataset
+from timm_collapse.engine import Run, TrainArgs, data_set_orders, parse_args, run_script
+from timm_collapse.hub import save_model
+from timm_collapse.models import MAR, load_codec
+from timm_collapse.models.cmar import BANK_FILE
+from timm_collapse.models.diffusion import NUM_TIMESTEPS
+from timm_collapse.models.mar import mask_rate
+from timm_collapse.models.mar_checkpoints import load_mar_weights
+from timm_collapse.order import Order, jitter_order, mix_random
+
+
+@dataclass
+class Args(TrainArgs):
+    """Arguments of CMAR."""
+
+    model: str = field(default="cmar_mini_patch1_8", metadata={"help": "Registered mar_* or cmar_* architecture."})
+    model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
+    init: str = field(
+        default="", metadata={"help": "Start from these weights: a folder, a .safetensors or an official .pth (EMA)."}
+    )
+    init_ema: bool = field(default=True, metadata={"help": "Of an official .pth take the EMA weights."})
+    vae: str = field(default="", metadata={"help": "pixels, a Hub id, folder or file; empty: the architecture's."})
+    vae_scale: float = field(default=0.0, metadata={"help": "Factor on the VAE's latents; 0: its own."})
+    latents: str = field(default="", metadata={"help": "Folder of cached latents, made if missing; empty: in output."})
+    orderer: str = field(
+        default="collapse_ranker_tiny",
+        metadata={"help": "Orderer: registered name, folder or baseline; random trains a MAR."},
+    )
+    order_table: str = field(
+        default="", metadata={"help": "File of the data set's orders, made if missing; empty: in output."}
+    )
+    random_orders: float = field(default=0.1, metadata={"help": "Share of samples with a random order."})
+    jitter: float = field(default=0.0, metadata={"help": "Plackett-Luce temperature of the orders, 0 for none."})
+    mask_ratio: str = field(
+        default="truncnorm", metadata={"help": "Distribution of the mask ratio: truncnorm (MAR's), cosine, uniform."}
+    )
+    mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest mask ratio; MAR's is .7."})
+    bank_per_class: int = field(default=128, metadata={"help": "Real orders a class in the order bank; 0: no bank."})
+    dataset: str = field(default="digits", metadata={"help": "digits, a folder, or a timm data set; a+b joins."})
+    split: str = field(default="train", metadata={"help": "Split of the data set."})
+    part: str = field(default="", metadata={"help": "'i/n' or '!i/n' of the split."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        mask_rate(self.mask_ratio, 0.5, self.mask_ratio_min)  # checks both
+        for name in ("random_orders", "jitter", "bank_per_class"):
+            if getattr(self, name) < 0:
+                raise CollapseError(f"{name}: must be at least 0, got {getattr(self, name)}")
+
+
+def main() -> None:
+    args = parse_args(Args, __doc__)
+    dataset, num_classes = open_dataset(args.dataset, args.split, args.part)
+    model: MAR = timm.create_model(args.model, **{"class_num": num_classes, **json.loads(args.model_args)})
+    if args.vae:
+        model.model_args["vae"] = model.vae = args.vae
+    if args.init:
+        load_mar_weights(model, args.init, ema=args.init_ema)
+    groups = parameter_groups(model, args.weight_decay)
+    cache = cached_latents(args, dataset, model)
+    run = Run(args, model, cache, identity, param_groups=groups)
+    table = None if args.orderer == "random" else orders_of_dataset(args, run, dataset)
+    labels, length = cache.labels, model.seq_len
+    for records, index in run:
+        batch = len(records)
+        mirrored = run.rand(batch) < 0.5
+        latents = cache.latents(records, mirrored, run.randn(batch, *cache.latent_shape))
+        if table:
+            order = jitter_order(table.lookup(index, mirrored), args.jitter, run.rand(batch, length).cpu())
+            order = mix_random(order, args.random_orders, run.rand(batch, length + 1).cpu())
+        else:
+            order = Order(run.rand(batch, length), model.grid)
+        masked = math.ceil(length * mask_rate(args.mask_ratio, run.uniform(), args.mask_ratio_min))
+        shape = (model.diffusion_batch_mul, masked)
+        t = (run.rand(batch, *shape) * NUM_TIMESTEPS).long().transpose(0, 1)
+        noise = run.randn(batch, *shape, model.token_dim).transpose(0, 1)
+        drop = run.rand(batch) < model.label_drop_prob
+        indices = order.indices.to(latents.device)
+        with run.accelerator.autocast():
+            out = run.model(latents, labels[index.cpu()].to(latents.device), indices, masked, drop, t, noise)
+        run.step(out["loss"], out)
+    model = run.finish()
+    if run.is_main:
+        save_model(model, args.output, recipe=args)
+        if table and args.bank_per_class:
+            bank = ClassOrderBank.build(table.batches(labels), cache.num_classes, args.bank_per_class, args.seed,
+                                        source=table.source)  # fmt: skip
+            bank.save(Path(args.output) / BANK_FILE)
+
+
+def parameter_groups(model: MAR, weight_decay: float) -> list[dict]:
+    """No decay on 1-D parameters and on the diffusion head, as published."""
+    head = {id(p) for p in model.diffloss.parameters()}
+    decay = [p for p in model.parameters() if p.ndim > 1 and id(p) not in head]
+    no_decay = [p for p in model.parameters() if p.ndim <= 1 or id(p) in head]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+
+
+def identity(record: torch.Tensor) -> torch.Tensor:
+    """Records are used as they are."""
+    return record
+
+
+def cached_latents(args: Args, dataset, model: MAR) -> LatentCache:
+    """The latents of the data set; every process encodes its share of the files."""
+    # without the flag a PartialState on CPU is not distributed, and all that follow share it
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    folder = args.latents or str(Path(args.output) / "latents")
+    codec = load_codec(model.vae, args.vae_scale or None)
+    if (codec.channels, model.img_size // codec.stride) != (model.latent_shape[0], model.latent_shape[1]):
+        raise CollapseError(
+            f"vae: {model.vae!r} has {codec.channels} channels and stride {codec.stride}, which does not give the "
+            f"model's latents {model.latent_shape} for {model.img_size} pixels"
+        )
+    source = f"{Path(args.dataset).name} {args.split} {args.part} {len(dataset)}"
+    LatentCache.build(
+        folder, dataset, codec, model.img_size, source, device=state.device, quiet=not state.is_main_process,
+        rank=state.process_index, world=state.num_processes,
+    )  # fmt: skip
+    state.wait_for_everyone()
+    return LatentCache(folder, codec)
+
+
+def orders_of_dataset(args: Args, run: Run, dataset) -> OrderTable:
+    """The orders of the training images on the model's grid, see `data_set_orders`."""
+    orderer = CollapseOrder.named(args.orderer, args.seed).to(run.accelerator.device)
+    path = args.order_table or Path(args.output) / "orders.safetensors"
+    size, grid = run.bare.img_size, run.bare.grid
+    images = f"{Path(args.dataset).name} {args.split} {args.part} {len(dataset)} {(size, size)}"
+    described = f"{images} {grid} {Path(args.orderer).name}"
+    transform = eval_transform(size, orderer.mean, orderer.std)
+    return data_set_orders(run, path, described, dataset, transform, orderer, lambda images: orderer(images, grid))
+
+
+if __name__ == "__main__":
+    run_script(main)
