@@ -1,6 +1,6 @@
 """Train a plain timm classifier: the judge of generated images (`evaluate-generation --features local-dir:FOLDER`).
 
-accelerate launch benchmarks/classifier.py --dataset path/to/cifar10 --model regnetx_004 --img_size 64 --output runs/judge
+accelerate launch benchmarks/classifier.py --dataset path/to/cifar10 --output runs/judge
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     if run.is_main:
         top1 = validation_top1(model, args, eval_transform(size, mean, std))
         print(f"top-1 {top1:.1f}%")
-        save_model(model, args.output, recipe=args, validation_top1=top1)
+        save_model(model.to(memory_format=torch.contiguous_format), args.output, recipe=args, validation_top1=top1)
 
 
 @torch.no_grad()

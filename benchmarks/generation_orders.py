@@ -1,7 +1,7 @@
 """Generation orders compared on the same trained generators: distances of their samples from real images.
 
     python benchmarks/generation_orders.py --name cifar10 --models mar=runs/mar cmar=runs/cmar \\
-        --bank runs/cmar/order_bank.safetensors --dataset data/cifar10 --features local-dir:runs/judge --work runs/orders
+        --bank runs/cmar/order_bank.safetensors --dataset data/cifar10 --features local-dir:runs/judge
 
 For every model and order the guidance scale is chosen on --sweep-samples samples of a seed of their own; then --samples
 are made with it for each of --seeds. Labels and start noise of a seed are the same for all orders. Every measured cell
@@ -22,15 +22,17 @@ import torch
 from tqdm.auto import tqdm
 
 import timm_collapse  # noqa: F401  (registers the models)
-from timm_collapse import ClassOrderBank, GenerationOrder
+from timm_collapse import ClassOrderBank, CollapseOrder, GenerationOrder
 from timm_collapse.data import open_dataset
 from timm_collapse.data.latents import ResizedPixels
 from timm_collapse.evaluation.generation import Features, evaluate_generation, extract_features
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.models import load_codec
+from timm_collapse.models.draft import draft_order
 from timm_collapse.models.transformer import use_plain_attention
 
-ORDERS = ("random", "halton", "bayer", "raster", "centre", "collapse", "collapse mean", "shuffled classes", "reversed")
+ORDERS = ("random", "halton", "bayer", "raster", "centre", "collapse", "collapse mean", "shuffled classes", "reversed",
+          "draft")  # fmt: skip
 SHOWN = ("frechet", "kid", "precision", "recall", "density", "coverage", "label_accuracy", "classifier_score")
 
 
@@ -62,9 +64,11 @@ def parse() -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--sweep-samples", type=int, default=1000)
     add("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
+    add("--guidance-schedule", default="constant", choices=["linear", "constant"])
     add("--steps", type=int, default=16)
     add("--diffusion-steps", type=int, default=25)
     add("--temperature", type=float, default=1.0)
+    add("--orderer", default="collapse_ranker_tiny", help="orders the drafts")
     add("--order-temperature", type=float, default=0.1, help="Plackett-Luce noise around the class mean")
     add("--batch-size", type=int, default=250)
     add("--work", default="runs/generation_orders")
@@ -99,6 +103,8 @@ class Bench:
         self.folders = dict(item.split("=", 1) for item in args.models)
         self.models: dict[str, torch.nn.Module] = {}
         self.judge = timm.create_model(args.features, pretrained=True).eval()
+        self.orderer = CollapseOrder.named(args.orderer)
+        use_plain_attention(self.orderer)
         self._real: Features | None = None
 
     def best_guidance(self, model: str, order: str) -> float:
@@ -130,14 +136,21 @@ class Bench:
         # the noise is drawn apart from the orders, which draw different amounts of randomness
         own = torch.Generator().manual_seed(cell.seed * 1_000_003 + number)
         noise = torch.randn(len(labels), mar.seq_len, mar.token_dim, generator=own)
+        codec = load_codec(mar.vae)
         with torch.autocast("cpu", torch.bfloat16):
+            order = self.order(cell.order, mar.grid)
+            if order is None:
+                order = draft_order(mar, codec, self.orderer, labels, args.steps // 2, generator=own)
             latents = mar.generate(
-                labels, args.steps, cell.guidance, temperature=args.temperature, order=self.order(cell.order, mar.grid),
-                noise=noise, generator=own, diffusion_steps=args.diffusion_steps,
+                labels, args.steps, cell.guidance, args.guidance_schedule, args.temperature, order, noise, own,
+                args.diffusion_steps,
             )  # fmt: skip
-        return (load_codec(mar.vae).decode(latents) * 255).round().to(torch.uint8)
+        return (codec.decode(latents) * 255).round().to(torch.uint8)
 
-    def order(self, name: str, grid: tuple[int, int]) -> GenerationOrder:
+    def order(self, name: str, grid: tuple[int, int]) -> GenerationOrder | None:
+        """None for the order of a draft, which is made first."""
+        if name == "draft":
+            return None
         if name == "collapse mean":
             return GenerationOrder("collapse", grid, self.bank, "mean", self.args.order_temperature)
         if name == "shuffled classes":
@@ -189,12 +202,12 @@ def report(args: argparse.Namespace, bench: Bench, pairs: list[tuple[str, str]])
         })  # fmt: skip
     rows.sort(key=lambda row: (row["model"], float(row["Fréchet"].split()[0])))
     top1 = json.loads((Path(args.features.removeprefix("local-dir:")) / "recipe.json").read_text())["validation_top1"]
+    scales = ", ".join(f"{g:g}" for g in args.guidance)
     text = (
         f"{args.samples} samples a seed ({len(args.seeds)} seeds; ± half their range), {args.steps} steps, "
-        f"{args.diffusion_steps} diffusion steps, linear guidance, its scale chosen for each row among "
-        f"{', '.join(f'{g:g}' for g in args.guidance)} on {args.sweep_samples} samples of another seed. Distances to "
-        f"{args.references} training images in the features of {bench.real.name} ({top1:.1f}% top-1): not FID.\n\n"
-        + markdown_table(rows)
+        f"{args.diffusion_steps} diffusion steps, {args.guidance_schedule} guidance, its scale chosen for each row "
+        f"among {scales} on {args.sweep_samples} samples of another seed. Distances to {args.references} training "
+        f"images in the features of {bench.real.name} ({top1:.1f}% top-1): not FID.\n\n{markdown_table(rows)}"
     )
     write_section(f"generation_orders_{args.name}", f"Generation orders: {args.name}", text, data)
     print(text)

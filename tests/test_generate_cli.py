@@ -1,5 +1,6 @@
 """`timm-collapse generate`: the images that it writes are those of MAR.generate, and every failure is one line."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from timm_collapse import ClassOrderBank, CollapseOrder, Order, cli
+from timm_collapse import ClassOrderBank, CollapseOrder, Order, cli, generate_inputs
 from timm_collapse.evaluation.samples import open_samples
 from timm_collapse.hub import save_model
-from timm_collapse.models import PixelCodec
+from timm_collapse.models import MAR, PixelCodec
+from timm_collapse.models.cmar import BANK_FILE
 from timm_collapse.models.draft import draft_order
+from timm_collapse.models.mar_checkpoints import load_mar
 from timm_collapse.order import GENERATION_ORDERS, tokens_per_step
 from timm_collapse.plots_generation import Film
 
@@ -21,13 +24,12 @@ CLASSES = 3
 
 
 def tiny(**arguments):
-    """A MAR of 16 tokens of 2 x 2 pixels."""
-    shape = dict(encoder_embed_dim=24, encoder_depth=1, decoder_embed_dim=24, decoder_depth=1, diffloss_d=1)
+    """A MAR of 16 tokens of 2 x 2 pixels. Nothing is learnt, but all that it is given matters."""
+    shape = dict(encoder_embed_dim=24, encoder_depth=1, decoder_embed_dim=24, decoder_depth=1)
+    head = dict(diffloss_d=1, diffloss_w=24, num_sampling_steps=3)
     torch.manual_seed(0)
-    model = timm.create_model(
-        "mar_mini_patch1_8", patch_size=2, diffloss_w=16, num_sampling_steps=3, **shape, **arguments
-    )
-    for parameter in model.parameters():  # else the diffusion head starts at zero, and labels would not matter
+    model = timm.create_model("mar_mini_patch1_8", patch_size=2, **shape, **head, **arguments)
+    for parameter in model.parameters():  # else the head starts at zero, and its conditions would not matter
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
 
@@ -107,11 +109,25 @@ def test_a_model_without_classes(run):
     assert open_samples("images.npz").classes({}) is None  # nothing was asked for
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_changes_little(run, precision):
+def test_precision_is_that_of_the_networks_not_of_the_codec(run, monkeypatch):
+    seen = []
+
+    def spy(cls, name):
+        function = getattr(cls, name)
+
+        def wrapped(*args, **kwargs):
+            seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(cls, name, wrapped)
+
+    spy(MAR, "generate")
+    spy(PixelCodec, "decode")
     quick = ["--labels", 0, 1, "--steps", 2, "--diffusion-steps", 2]
-    full, half = run(*quick)[3].astype(int), run(*quick, "--precision", precision)[3].astype(int)
-    assert 0 < np.abs(full - half).max() and np.abs(full - half).mean() < 8
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        assert run(*quick, "--precision", precision)[0] == 0
+        assert seen == [dtype, torch.float32]
+        seen.clear()
 
 
 def test_orders_of_a_bank(run, folder):
@@ -130,6 +146,15 @@ def test_orders_of_a_bank(run, folder):
     mixed = run(*quick, *bank, "--bank-source", "mean", "--random-share", 1)[3]
     for other in (backwards, noisy, mixed):
         assert (other != pixels(expected)).any()
+
+
+def test_the_bank_beside_the_weights_is_the_default(run, folder):
+    shutil.copytree(folder / "mar", "own")
+    shutil.copy(folder / "bank.safetensors", Path("own", BANK_FILE))
+    quick = ["--labels", 1, "--steps", 4, "--diffusion-steps", 2]
+    code, out, _, images = run(*quick, model=Path("own").resolve())
+    assert code == 0 and "order collapse," in out
+    np.testing.assert_array_equal(images, run(*quick, "--bank", folder / "bank.safetensors")[3])
 
 
 def test_a_draft_gives_the_order(run, folder):
@@ -188,11 +213,30 @@ def test_the_film_begins_with_the_tokens_of_the_plan(run, monkeypatch):
     assert torch.equal(film.iterations, expected.expand(4, -1))
 
 
-def test_a_checkpoint_file(run, folder, tmp_path):
+class Codec(torch.nn.Module):
+    """Stands for a VAE: 12 channels, 16 pixels a position."""
+
+    channels, stride = 12, 16
+
+    def decode(self, latents):
+        return latents[:, :3].sigmoid().repeat_interleave(16, 2).repeat_interleave(16, 3)
+
+
+def test_a_checkpoint_file(run, folder, tmp_path, monkeypatch):
     state = load_file(folder / "mar" / "model.safetensors")
     torch.save({"model": {}, "model_ema": state}, tmp_path / "mar.pth")
-    code, out, err, _ = run("--labels", 0, model=tmp_path / "mar.pth")
-    assert (code, out) == (2, "") and "vae: " in err  # the sizes of the published models are assumed
+    options = ["--labels", 0, "--diffusion-steps", 2]
+    code, out, err, _ = run(*options, "--vae", "pixels", model=tmp_path / "mar.pth")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "--vae: the model's latents have 12 channels and a stride of 16 pixels, those of 'pixels' 3 and 1" in err
+    monkeypatch.setattr(generate_inputs, "load_codec", lambda name: Codec())
+    code, _, _, images = run(*options, model=tmp_path / "mar.pth")
+    expected = load_mar(tmp_path / "mar.pth").generate(
+        [0], 16, diffusion_steps=2, generator=torch.Generator().manual_seed(0)
+    )
+    assert code == 0 and images.shape == (1, 64, 64, 3)
+    decoded = (Codec().decode(expected) * 255).round().to(torch.uint8)
+    np.testing.assert_array_equal(images, decoded.permute(0, 2, 3, 1).numpy())
     (tmp_path / "bad.pth").write_text("nonsense")
     code, out, err, _ = run("--labels", 0, model=tmp_path / "bad.pth")
     assert code == 2 and err.startswith("timm-collapse: error: model: ") and err.count("\n") == 1
@@ -228,7 +272,6 @@ def test_a_checkpoint_file(run, folder, tmp_path):
         (["--labels", "1", "--diffusion-steps", "1", "2", "3"], "--diffusion-steps must be one or two numbers"),
         (["--labels", "1", "--diffusion-steps", "1001"], "in [1, 1000], got 1001"),
         (["--labels", "1", "--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--labels", "1", "--vae", "nonsense"], "vae: 'nonsense' is neither"),
         (["--labels", "1", "--device", "nonsense"], "--device: 'nonsense' cannot be used"),
         (["--labels", "1", "--out", "a.jpg"], "--out must end in .png, .pdf, .svg"),
         (["--labels", "1", "--film", "a.gif"], "--film must end in"),
@@ -266,7 +309,7 @@ def test_wrong_masks_and_models(run, folder):
 
 
 @pytest.mark.parametrize("command", ["generate", "order-bank", "latents", "evaluate-generation"])
-def test_help_names_the_orders(capsys, command):
+def test_help_teaches(capsys, command):
     with pytest.raises(SystemExit) as error:
         cli.main([command, "--help"])
     out = capsys.readouterr().out

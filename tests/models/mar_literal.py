@@ -1,9 +1,9 @@
 """MAR's sampling loop and training loss written down literally, step by step as published, with no shortcut.
 
-After Li et al., arXiv 2406.11838, and Nichol and Dhariwal, arXiv 2102.09672. Nothing here is shared with the package but
-the modules that hold the weights: orders run from their end, what is masked is found by `nonzero`, both conditions are a
-doubled batch with doubled states in the diffusion, the condition and the time are embedded at every diffusion step, and
-every token is computed in every block.
+After Li et al., arXiv 2406.11838, and Nichol and Dhariwal, arXiv 2102.09672. Nothing here is shared with the package
+but the modules that hold the weights: orders run from their end, what is masked is found by `nonzero`, both conditions
+are a doubled batch with doubled states in the diffusion, the condition and the time are embedded at every diffusion
+step, and every token is computed in every block.
 """
 
 import math
@@ -23,7 +23,10 @@ def diffusion_tables(num_steps: int = TRAINED_STEPS) -> dict[str, np.ndarray]:
     n = TRAINED_STEPS
     betas = np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), MAX_BETA) for i in range(n)])
     alphas_cumprod = np.cumprod(1 - betas)
-    timesteps = [round(i * (n - 1) / max(1, num_steps - 1)) for i in range(num_steps)]
+    timesteps, place = [], 0.0
+    for _ in range(num_steps):  # a running sum, as published: it decides what halves are rounded to
+        timesteps.append(round(place))
+        place += (n - 1) / max(1, num_steps - 1)
     last, new_betas = 1.0, []
     for step in timesteps:
         new_betas.append(1 - alphas_cumprod[step] / last)
@@ -72,10 +75,17 @@ def guided(net, x, t, c, scale):
     return torch.cat([torch.cat([mixed, mixed]), rest], dim=1)
 
 
-def literal_diffusion(net, z, start, num_steps, scale, temperature, draw):
-    """DDPM with learned range. z and start (n, ...), or doubled with guidance; draw() gives the noise of a step (n, C).
+def literal_diffusion(net, z, start, num_steps, scale, temperature, draw, bound=0.0):
+    """DDPM with learned range.
 
-    Returns (n, C), without the second half of doubled states.
+    Args:
+        z: (n, D); or (2 n, D) with guidance, which doubles the states.
+        start: (n, C).
+        draw: Gives the noise of a step (n, C).
+        bound: If any, the token that a step predicts is clamped to +- bound.
+
+    Returns:
+        (n, C): the first half of doubled states.
     """
     doubled = len(z) == 2 * len(start)
     tables = {k: torch.from_numpy(v).to(start.device) for k, v in diffusion_tables(num_steps).items()}
@@ -88,6 +98,8 @@ def literal_diffusion(net, z, start, num_steps, scale, temperature, draw):
         fraction = (fraction.double() + 1) / 2
         log_variance = fraction * at["log_beta"] + (1 - fraction) * at["log_variance"]
         start_found = at["sqrt_recip_bar"] * x.double() - at["sqrt_recipm1_bar"] * eps.double()
+        if bound:
+            start_found = start_found.clamp(-bound, bound)
         mean = at["of_start"] * start_found + at["of_noisy"] * x.double()
         if i > 0:
             noise = draw()
@@ -136,7 +148,7 @@ def literal_generate(
     """Latents (B, C, h, w) as the published loop makes them.
 
     Args:
-        mar: A MAR in eval mode; its `num_sampling_steps` are taken.
+        mar: A MAR in eval mode; its `num_sampling_steps` and `latent_bound` are taken.
         labels: (B,) long.
         guidance_schedule: "linear" or "constant".
         order_best_first: (B, L) long.
@@ -181,7 +193,7 @@ def literal_generate(
 
         z = z[(torch.cat([to_predict, to_predict]) if double else to_predict).nonzero(as_tuple=True)]
         current[places] = literal_diffusion(
-            mar.diffloss.net, z, noise[places], mar.num_sampling_steps, scale, temperature, draw
+            mar.diffloss.net, z, noise[places], mar.num_sampling_steps, scale, temperature, draw, mar.latent_bound
         )
         tokens, mask = current, mask_next
     return unpatchify(tokens, mar.patch_size)

@@ -17,8 +17,8 @@ _LARGE = dict(encoder_embed_dim=1024, encoder_depth=16, encoder_num_heads=16, de
               decoder_num_heads=16, diffloss_d=8, diffloss_w=1280)  # fmt: skip
 _HUGE = dict(encoder_embed_dim=1280, encoder_depth=20, encoder_num_heads=16, decoder_embed_dim=1280, decoder_depth=20,
              decoder_num_heads=16, diffloss_d=12, diffloss_w=1536)  # fmt: skip
-_PIXELS = dict(vae="pixels", vae_stride=1, vae_embed_dim=3, attn_dropout=0.0, proj_dropout=0.0, buffer_size=4,
-               num_sampling_steps=50)  # fmt: skip
+_PIXELS = dict(vae="pixels", latent_bound=2.0, vae_stride=1, vae_embed_dim=3, attn_dropout=0.0, proj_dropout=0.0,
+               buffer_size=4, num_sampling_steps=50)  # fmt: skip
 _TINY = dict(
     encoder_embed_dim=192,
     encoder_depth=3,
@@ -64,9 +64,10 @@ def _mar(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[
         kwargs.setdefault("class_num", num_classes)
     model = build(MAR, variant, pretrained, defaults, kwargs)
     model.num_classes = 0 if model.class_emb is None else model.class_emb.num_embeddings
-    weights = (model.pretrained_cfg or {}).get("file")
-    if pretrained and weights and (bank := Path(weights).parent / BANK_FILE).is_file():
-        model.load_bank(bank)
+    if pretrained and (weights := (model.pretrained_cfg or {}).get("file")):
+        folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent  # of local-dir: the folder itself
+        if (folder / BANK_FILE).is_file():
+            model.load_bank(folder / BANK_FILE)
     return model
 
 

@@ -29,7 +29,8 @@ class GaussianDiffusion:
 
     Attributes:
         timesteps: (num_steps,) long: the original number of each step, which the network is told.
-        reverse: For every step (a, b, c, d): mean of x_{t-1} = a x_t + b eps, log variance = c + d (fraction + 1) / 2.
+        rows: For every step, as numbers: square roots of alpha_bar and of 1 - alpha_bar, factors of x_0 and x_t in the
+            mean of x_{t-1}, and the bounds of its log variance.
     """
 
     def __init__(self, num_steps: int = NUM_TIMESTEPS):
@@ -60,10 +61,15 @@ class GaussianDiffusion:
             ]
         )
         self._on: dict[torch.device, Tensor] = {}
-        # float64 folds the large factors of x_0 at the noisy end, where float32 would cancel
-        signal, spread, of_start, of_noisy, low, high = self.tables
-        rows = torch.stack([of_start / signal + of_noisy, -of_start * spread / signal, low, high - low])
-        self.reverse = [tuple(row) for row in rows.T.tolist()]
+        self.rows = [tuple(row) for row in self.tables.T.tolist()]
+
+    def previous_mean(self, x: Tensor, eps: Tensor, step: int, bound: float = 0.0) -> Tensor:
+        """Mean of x_{t-1} from x_t and the predicted noise; the x_0 that they mean is clamped to +- bound, if any."""
+        signal, spread, of_start, of_noisy, _, _ = self.rows[step]
+        if bound:
+            return of_start * ((x - spread * eps) / signal).clamp(-bound, bound) + of_noisy * x
+        # folded in float64: at the noisy end 1 / signal is 10^4, and float32 would cancel
+        return (of_start / signal + of_noisy) * x - (of_start * spread / signal) * eps
 
     def at(self, t: Tensor) -> Tensor:
         """(6, ..., 1) float32: the rows of `tables` at steps t, to be unpacked and broadcast over channels."""
@@ -249,6 +255,7 @@ class DiffusionHead(nn.Module):
         z_uncond: Tensor | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        bound: float = 0.0,
     ) -> Tensor:
         """Draw tokens.
 
@@ -263,6 +270,8 @@ class DiffusionHead(nn.Module):
             z_uncond: (n, cond_dim), needed for a guidance scale other than 1.
             temperature: Factor on the noise of each step (not on `start`).
             generator: For that noise.
+            bound: Largest absolute value of a token, where it is known (pixels); 0 for none, as published. The cosine
+                schedule multiplies errors at its noisy end by 10^3, which a small or short-trained network cannot bear.
 
         Returns:
             (n, C) float32.
@@ -278,11 +287,11 @@ class DiffusionHead(nn.Module):
             if guided:
                 (eps, eps_uncond), fraction = eps.chunk(2), fraction.chunk(2)[0]
                 eps = eps_uncond + guidance_scale * (eps - eps_uncond)
-            of_x, of_eps, low, width = process.reverse[i]
-            x = of_x * x + of_eps * eps
+            x = process.previous_mean(x, eps, i, bound)
             if i and temperature:
                 noise = draw_normal(x.shape, generator, x.device)
-                x = x + temperature * torch.exp(0.5 * (low + width * (fraction + 1) / 2)) * noise
+                low, high = process.rows[i][4:]
+                x = x + temperature * torch.exp(0.5 * (low + (high - low) * (fraction + 1) / 2)) * noise
         return x
 
 

@@ -46,6 +46,7 @@ class MAR(GenerateMixin, nn.Module):
         diffusion_batch_mul: Noise levels drawn for each token and training step.
         grad_checkpointing: Recompute the blocks in the backward pass.
         vae: Where the codec between latents and pixels is from: "pixels", a folder or a Hub id (`load_codec`).
+        latent_bound: Largest absolute value of a latent, for sampling, where it is known (pixels); 0 for none.
 
     Attributes:
         grid: Token grid (h, w). seq_len: number of tokens L. token_dim: their channels.
@@ -76,6 +77,7 @@ class MAR(GenerateMixin, nn.Module):
         diffusion_batch_mul: int = 4,
         grad_checkpointing: bool = False,
         vae: str = "xwen99/mar-vae-kl16",
+        latent_bound: float = 0.0,
     ):
         super().__init__()
         side, rest = divmod(img_size, vae_stride * patch_size)
@@ -90,7 +92,7 @@ class MAR(GenerateMixin, nn.Module):
         self.token_dim = vae_embed_dim * patch_size**2
         self.num_classes, self.buffer_size, self.label_drop_prob = class_num, buffer_size, label_drop_prob
         self.num_sampling_steps, self.diffusion_batch_mul = int(num_sampling_steps), diffusion_batch_mul
-        self.grad_checkpointing = grad_checkpointing
+        self.grad_checkpointing, self.latent_bound = grad_checkpointing, latent_bound
         self.bank: ClassOrderBank | None = None
 
         def blocks(depth: int, dim: int, heads: int) -> nn.ModuleList:

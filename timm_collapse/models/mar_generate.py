@@ -90,22 +90,39 @@ class GenerateMixin:
 
         was_training = self.training
         self.eval()
-        for step, count in enumerate(_bar(plan, progress)):
-            done += count
-            # the reference counts the last token as unknown even in its last step
-            share = min(done, self.seq_len - 1) / self.seq_len if guidance_schedule == "linear" else 1.0
-            scale = 1 + (guidance_scale - 1) * share
-            z, z_uncond, wanted = self._conditions(tokens, known, labels, count, ranks, scale != 1)
-            start = gather_tokens(noise.to(device), wanted).flatten(0, 1)
-            drawn = self.diffloss.sample(z, start, anneal[step], scale, z_uncond, temperature, generator)
-            tokens = scatter_tokens(drawn.view(batch, count, -1), wanted, tokens)
-            known = known.scatter(1, wanted, torch.ones_like(wanted, dtype=torch.bool))
-            if callback:
-                callback(step, self.unpatchify(tokens), known)
-        self.train(was_training)
+        try:
+            for step, count in enumerate(_bar(plan, progress)):
+                done += count
+                # the reference counts the last token as unknown even in its last step
+                share = min(done, self.seq_len - 1) / self.seq_len if guidance_schedule == "linear" else 1.0
+                scale = 1 + (guidance_scale - 1) * share
+                z, z_uncond, wanted = self._conditions(tokens, known, labels, count, ranks, scale != 1)
+                start = gather_tokens(noise.to(device), wanted).flatten(0, 1)
+                drawn = self.diffloss.sample(
+                    z, start, anneal[step], scale, z_uncond, temperature, generator, self.latent_bound
+                )
+                tokens = scatter_tokens(drawn.view(batch, count, -1), wanted, tokens)
+                known = known.scatter(1, wanted, torch.ones_like(wanted, dtype=torch.bool))
+                if callback:
+                    callback(step, self.unpatchify(tokens), known)
+        finally:
+            self.train(was_training)
         if not tokens.isfinite().all():
             raise CollapseError("latents: not finite; run in fp32 or bf16, and check the checkpoint")
         return self.unpatchify(tokens)
+
+    def compile_sampler(self, **options) -> GenerateMixin:
+        """Compile what the diffusion loop repeats; returns the model.
+
+        The numbers of tokens of a step differ, so shapes are dynamic by default; on a GPU `mode="reduce-overhead"` with
+        `dynamic=False` records CUDA graphs instead, one for each count of the plan.
+
+        Args:
+            options: For `torch.compile`.
+        """
+        net = self.diffloss.net
+        net.from_embeddings = torch.compile(type(net).from_embeddings.__get__(net), **{"dynamic": True, **options})
+        return self
 
     def _conditions(
         self, tokens: Tensor, known: Tensor, labels: Tensor, count: int, ranks: Tensor | None, guided: bool
@@ -136,6 +153,8 @@ class GenerateMixin:
             return order
         if order is None:
             order = "random" if self.bank is None else "collapse"
+        if isinstance(order, str) and order == "confidence" and self.class_emb is None:
+            raise CollapseError("order: 'confidence' compares with and without label, and this model has no classes")
         return GenerationOrder(order, self.grid, bank=self.bank if isinstance(order, str) else None)
 
     def _given(self, latents: Tensor | None, regenerate: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
