@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import timm
 import torch
@@ -36,6 +37,7 @@ def main() -> None:
     shape = {"input_size": (3, size, size), "test_input_size": None, "mean": mean, "std": std, "crop_pct": 1.0}
     model = timm.create_model(args.model, num_classes=num_classes, pretrained_cfg_overlay=shape,
                               **json.loads(args.model_args)).to(memory_format=torch.channels_last)  # fmt: skip
+    model.pretrained_cfg["tag"] = Path(args.dataset).name  # not the weights of the architecture's first tag
     run = Run(args, model, dataset, train_transform(size, mean, std, scale=(0.6, 1.0)))
     for images, labels in run:
         with run.accelerator.autocast():

@@ -5,8 +5,8 @@
 
 For every model and order the guidance scale is chosen on --sweep-samples samples of a seed of their own; then --samples
 are made with it for each of --seeds. Labels and start noise of a seed are the same for all orders. Every measured cell
-is a file in --work: a killed run goes on, and several processes (--part 0/2, 1/2) share the cells; the last run, with
-all cells there, writes the table.
+is a file in --work: a killed run goes on, and several processes (--part 0/2, 1/2) share the cells. Every run ends with
+the table of the rows that are there.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from timm_collapse.data import open_dataset
 from timm_collapse.data.latents import ResizedPixels
 from timm_collapse.evaluation.generation import Features, evaluate_generation, extract_features
 from timm_collapse.evaluation.report import markdown_table, write_section
-from timm_collapse.models import load_codec
 from timm_collapse.models.draft import draft_order
 from timm_collapse.models.transformer import use_plain_attention
 
 ORDERS = ("random", "halton", "bayer", "raster", "centre", "collapse", "collapse mean", "shuffled classes", "reversed",
           "draft")  # fmt: skip
+SWEEP_SEED = 1000
 SHOWN = ("frechet", "kid", "precision", "recall", "density", "coverage", "label_accuracy", "classifier_score")
 
 
@@ -88,10 +88,7 @@ def main() -> None:
         best = bench.best_guidance(model, order)
         for seed in args.seeds:
             bench.measure(Cell(model, order, best, seed, args.samples))
-    try:
-        report(args, bench, pairs)
-    except FileNotFoundError as missing:
-        print(f"not all cells are measured yet ({Path(missing.filename).name}): no table")
+    report(args, bench, pairs)
 
 
 class Bench:
@@ -107,10 +104,24 @@ class Bench:
         use_plain_attention(self.orderer)
         self._real: Features | None = None
 
+    def sweep(self, model: str, order: str) -> list[Cell]:
+        """Samples that choose the guidance scale, and are not measured again."""
+        return [Cell(model, order, g, SWEEP_SEED, self.args.sweep_samples) for g in self.args.guidance]
+
     def best_guidance(self, model: str, order: str) -> float:
-        """The scale with the smallest Fréchet distance on samples that are not measured again."""
-        cells = [Cell(model, order, g, 1000, self.args.sweep_samples) for g in self.args.guidance]
-        return min(cells, key=lambda cell: self.measure(cell)["frechet"]).guidance
+        """The scale with the smallest Fréchet distance."""
+        return min(self.sweep(model, order), key=lambda cell: self.measure(cell)["frechet"]).guidance
+
+    def complete(self, model: str, order: str) -> bool:
+        """Whether all cells of a row are measured."""
+
+        def there(cells: list[Cell]) -> bool:
+            return all((self.work / cell.file).exists() for cell in cells)
+
+        if not there(self.sweep(model, order)):
+            return False
+        best = self.best_guidance(model, order)
+        return there([Cell(model, order, best, seed, self.args.samples) for seed in self.args.seeds])
 
     def measure(self, cell: Cell) -> dict:
         path = self.work / cell.file
@@ -136,7 +147,7 @@ class Bench:
         # the noise is drawn apart from the orders, which draw different amounts of randomness
         own = torch.Generator().manual_seed(cell.seed * 1_000_003 + number)
         noise = torch.randn(len(labels), mar.seq_len, mar.token_dim, generator=own)
-        codec = load_codec(mar.vae)
+        codec = mar.codec()
         with torch.autocast("cpu", torch.bfloat16):
             order = self.order(cell.order, mar.grid)
             if order is None:
@@ -180,16 +191,15 @@ class Bench:
 
 
 def report(args: argparse.Namespace, bench: Bench, pairs: list[tuple[str, str]]) -> None:
-    """Reads all cells; FileNotFoundError where one is not there yet."""
+    """Writes the table of all rows whose cells are there."""
     rows, data = [], {"sweeps": {}, "cells": {}}
     for model, order in pairs:
-        sweep = {}
-        for guidance in args.guidance:
-            cell = Cell(model, order, guidance, 1000, args.sweep_samples)
-            sweep[guidance] = json.loads((bench.work / cell.file).read_text())["frechet"]
+        if not bench.complete(model, order):
+            print(f"not measured yet: {model}, {order}")
+            continue
+        sweep = {cell.guidance: bench.measure(cell)["frechet"] for cell in bench.sweep(model, order)}
         best = min(sweep, key=sweep.get)
-        files = [bench.work / Cell(model, order, best, seed, args.samples).file for seed in args.seeds]
-        found = [json.loads(file.read_text()) for file in files]
+        found = [bench.measure(Cell(model, order, best, seed, args.samples)) for seed in args.seeds]
         data["sweeps"][f"{model}, {order}"] = sweep
         data["cells"][f"{model}, {order}"] = {"guidance": best, "seeds": found}
         means = {key: statistics.mean(each[key] for each in found) for key in SHOWN}
@@ -200,14 +210,17 @@ def report(args: argparse.Namespace, bench: Bench, pairs: list[tuple[str, str]])
             **{key: f"{means[key]:.3f}" for key in ("precision", "recall", "density", "coverage")},
             "label accuracy": f"{100 * means['label_accuracy']:.1f}%", "score": f"{means['classifier_score']:.2f}",
         })  # fmt: skip
+    if not rows:
+        return
     rows.sort(key=lambda row: (row["model"], float(row["Fréchet"].split()[0])))
     top1 = json.loads((Path(args.features.removeprefix("local-dir:")) / "recipe.json").read_text())["validation_top1"]
+    judge = bench.judge.pretrained_cfg["architecture"]
     scales = ", ".join(f"{g:g}" for g in args.guidance)
     text = (
         f"{args.samples} samples a seed ({len(args.seeds)} seeds; ± half their range), {args.steps} steps, "
         f"{args.diffusion_steps} diffusion steps, {args.guidance_schedule} guidance, its scale chosen for each row "
         f"among {scales} on {args.sweep_samples} samples of another seed. Distances to {args.references} training "
-        f"images in the features of {bench.real.name} ({top1:.1f}% top-1): not FID.\n\n{markdown_table(rows)}"
+        f"images in the features of a {judge} trained on them ({top1:.1f}% top-1): not FID.\n\n{markdown_table(rows)}"
     )
     write_section(f"generation_orders_{args.name}", f"Generation orders: {args.name}", text, data)
     print(text)

@@ -60,7 +60,7 @@ def matching_codec(mar: MAR, name: str | None) -> PixelCodec | VaeCodec:
     Raises:
         CollapseError: Nothing of that name, or one whose latents have another number of channels or another stride.
     """
-    codec = load_codec(mar.vae if name is None else name)
+    codec = mar.codec() if name is None else load_codec(name)
     wanted = (mar.vae_embed_dim, mar.img_size // mar.latent_shape[1])
     if (codec.channels, codec.stride) != wanted:
         raise CollapseError(

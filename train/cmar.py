@@ -27,7 +27,7 @@ from timm_collapse import ClassOrderBank, CollapseError, CollapseOrder
 from timm_collapse.data import LatentCache, OrderTable, eval_transform, open_dataset
 from timm_collapse.engine import Run, TrainArgs, data_set_orders, parse_args, run_script
 from timm_collapse.hub import save_model
-from timm_collapse.models import MAR, load_codec
+from timm_collapse.models import MAR
 from timm_collapse.models.cmar import BANK_FILE
 from timm_collapse.models.diffusion import NUM_TIMESTEPS
 from timm_collapse.models.mar import mask_rate
@@ -46,7 +46,7 @@ class Args(TrainArgs):
     )
     init_ema: bool = field(default=True, metadata={"help": "Of an official .pth take the EMA weights."})
     vae: str = field(default="", metadata={"help": "pixels, a Hub id, folder or file; empty: the architecture's."})
-    vae_scale: float = field(default=0.0, metadata={"help": "Factor on the VAE's latents; 0: its own."})
+    vae_scale: float = field(default=0.0, metadata={"help": "With --vae: factor on its latents; 0: its own."})
     latents: str = field(default="", metadata={"help": "Folder of cached latents, made if missing; empty: in output."})
     orderer: str = field(
         default="collapse_ranker_tiny",
@@ -57,6 +57,9 @@ class Args(TrainArgs):
     )
     random_orders: float = field(default=0.1, metadata={"help": "Share of samples with a random order."})
     jitter: float = field(default=0.0, metadata={"help": "Plackett-Luce temperature of the orders, 0 for none."})
+    mirror: float = field(
+        default=-1.0, metadata={"help": "Share of mirrored images; -1: half, but none of digits, which it would spoil."}
+    )
     mask_ratio: str = field(
         default="truncnorm", metadata={"help": "Distribution of the mask ratio: truncnorm (MAR's), cosine, uniform."}
     )
@@ -69,6 +72,12 @@ class Args(TrainArgs):
     def __post_init__(self):
         super().__post_init__()
         mask_rate(self.mask_ratio, 0.5, self.mask_ratio_min)  # checks both
+        if self.mirror == -1:
+            self.mirror = 0.0 if self.dataset == "digits" else 0.5
+        if not 0 <= self.mirror <= 1:
+            raise CollapseError(f"mirror: must be in [0, 1], or -1, got {self.mirror}")
+        if self.random_orders > 1:
+            raise CollapseError(f"random_orders: must be at most 1, got {self.random_orders}")
         for name in ("random_orders", "jitter", "bank_per_class"):
             if getattr(self, name) < 0:
                 raise CollapseError(f"{name}: must be at least 0, got {getattr(self, name)}")
@@ -77,9 +86,10 @@ class Args(TrainArgs):
 def main() -> None:
     args = parse_args(Args, __doc__)
     dataset, num_classes = open_dataset(args.dataset, args.split, args.part)
-    model: MAR = timm.create_model(args.model, **{"class_num": num_classes, **json.loads(args.model_args)})
-    if args.vae:
-        model.model_args["vae"] = model.vae = args.vae
+    vae = {"vae": args.vae, "vae_scale": args.vae_scale} if args.vae else {}
+    if args.vae and args.vae != "pixels":
+        vae["latent_bound"] = 0.0  # only pixels are bounded
+    model: MAR = timm.create_model(args.model, **{"class_num": num_classes, **vae, **json.loads(args.model_args)})
     if args.init:
         load_mar_weights(model, args.init, ema=args.init_ema)
     groups = parameter_groups(model, args.weight_decay)
@@ -89,7 +99,7 @@ def main() -> None:
     labels, length = cache.labels, model.seq_len
     for records, index in run:
         batch = len(records)
-        mirrored = run.rand(batch) < 0.5
+        mirrored = run.rand(batch) < args.mirror
         latents = cache.latents(records, mirrored, run.randn(batch, *cache.latent_shape))
         if table:
             order = jitter_order(table.lookup(index, mirrored), args.jitter, run.rand(batch, length).cpu())
@@ -109,7 +119,8 @@ def main() -> None:
     if run.is_main:
         save_model(model, args.output, recipe=args)
         if table and args.bank_per_class:
-            bank = ClassOrderBank.build(table.batches(labels), cache.num_classes, args.bank_per_class, args.seed,
+            orders = table.batches(labels, mirrored=args.mirror > 0)
+            bank = ClassOrderBank.build(orders, cache.num_classes, args.bank_per_class, args.seed,
                                         source=table.source)  # fmt: skip
             bank.save(Path(args.output) / BANK_FILE)
 
@@ -132,7 +143,7 @@ def cached_latents(args: Args, dataset, model: MAR) -> LatentCache:
     # without the flag a PartialState on CPU is not distributed, and all that follow share it
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     folder = args.latents or str(Path(args.output) / "latents")
-    codec = load_codec(model.vae, args.vae_scale or None)
+    codec = model.codec()
     if (codec.channels, model.img_size // codec.stride) != (model.latent_shape[0], model.latent_shape[1]):
         raise CollapseError(
             f"vae: {model.vae!r} has {codec.channels} channels and stride {codec.stride}, which does not give the "

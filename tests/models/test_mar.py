@@ -17,22 +17,8 @@ from timm_collapse.models.diffusion import NUM_TIMESTEPS
 from timm_collapse.models.mar import mask_rate
 
 LITERAL = runpy.run_path(str(Path(__file__).with_name("mar_literal.py")))
-SMALL = {
-    "img_size": 8, "vae_stride": 2, "encoder_embed_dim": 32, "encoder_depth": 2, "encoder_num_heads": 4,
-    "decoder_embed_dim": 48, "decoder_depth": 2, "decoder_num_heads": 3, "vae_embed_dim": 4, "class_num": 5,
-    "buffer_size": 3, "diffloss_d": 2, "diffloss_w": 40, "num_sampling_steps": 4, "diffusion_batch_mul": 2,
-    "attn_dropout": 0.0, "proj_dropout": 0.0,
-}  # fmt: skip
-"""16 tokens of 4 channels; no two widths are equal."""
-
-
-def random_mar(**changes) -> MAR:
-    """A small MAR all of whose parameters are random: as initialised, the head gives zeros."""
-    mar = MAR(**{**SMALL, **changes}).eval()
-    with torch.no_grad():
-        for parameter in mar.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return mar
+SMALL_MAR = runpy.run_path(str(Path(__file__).with_name("mar_small.py")))
+SMALL, random_mar = SMALL_MAR["SMALL"], SMALL_MAR["random_mar"]
 
 
 def relative(found, expected) -> float:

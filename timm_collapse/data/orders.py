@@ -74,9 +74,9 @@ class OrderTable:
         index, mirrored = index.cpu(), mirrored.cpu()
         return Order.from_ranks(self.ranks[mirrored.long(), index].long(), self.grid)
 
-    def batches(self, labels: Tensor, size: int = 1024) -> Iterator[tuple[Order, Tensor]]:
-        """All orders, of the images and then of their mirror images, with the labels (n,) of the images."""
-        for side in self.ranks:
+    def batches(self, labels: Tensor, mirrored: bool = True, size: int = 1024) -> Iterator[tuple[Order, Tensor]]:
+        """The orders of the images, and then of their mirror images if wanted, with the labels (n,) of the images."""
+        for side in self.ranks if mirrored else self.ranks[:1]:
             for ranks, part in zip(side.split(size), labels.split(size), strict=True):
                 yield Order.from_ranks(ranks.long(), self.grid), part
 

@@ -38,22 +38,17 @@ _KL16 = {"img_size": 256, "mean": (0.5,) * 3, "std": (0.5,) * 3, "num_classes": 
 _PIXEL = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 
-def _cfgs(prefix: str) -> dict[str, dict[str, Any]]:
-    return {
-        f"{prefix}_base": pixel_cfg(**_KL16),
-        f"{prefix}_large": pixel_cfg(**_KL16),
-        f"{prefix}_huge": pixel_cfg(**_KL16),
-        f"{prefix}_tiny_patch8_64": pixel_cfg(img_size=64, num_classes=100, **_PIXEL),
-        f"{prefix}_mini_patch1_8": pixel_cfg(img_size=8, num_classes=10, **_PIXEL),
-    }
-
+_KL16_SIZES = ("base", "large", "huge")
 
 default_cfgs = generate_default_cfgs(
     {
-        **_cfgs("mar"),
-        **_cfgs("cmar"),
+        **{f"{kind}_{size}": pixel_cfg(**_KL16) for kind in ("mar", "cmar") for size in _KL16_SIZES},
+        "mar_tiny_patch8_64": pixel_cfg(img_size=64, num_classes=100, **_PIXEL),
+        "cmar_tiny_patch8_64": pixel_cfg(img_size=64, num_classes=100, **_PIXEL),
         "mar_tiny_patch4_32": pixel_cfg(img_size=32, num_classes=10, **_PIXEL),
-        "cmar_tiny_patch4_32": pixel_cfg(img_size=32, num_classes=10, **_PIXEL),
+        "cmar_tiny_patch4_32.cifar10": pixel_cfg("cmar_tiny_patch4_32.cifar10", 32, num_classes=10, **_PIXEL),
+        "mar_mini_patch1_8": pixel_cfg(img_size=8, num_classes=10, **_PIXEL),
+        "cmar_mini_patch1_8.digits": pixel_cfg("cmar_mini_patch1_8.digits", 8, num_classes=10, **_PIXEL),
     }
 )
 

@@ -34,11 +34,11 @@ class GaussianDiffusion:
     """
 
     def __init__(self, num_steps: int = NUM_TIMESTEPS):
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= NUM_TIMESTEPS:
-            raise CollapseError(f"diffusion_steps: must be an int in [1, {NUM_TIMESTEPS}], got {num_steps!r}")
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 2 <= num_steps <= NUM_TIMESTEPS:
+            raise CollapseError(f"diffusion_steps: must be an int in [2, {NUM_TIMESTEPS}], got {num_steps!r}")
         self.num_steps = num_steps
         # a sum of strides, rounded as Python does: that is how the reference respaces
-        stride = (NUM_TIMESTEPS - 1) / max(1, num_steps - 1)
+        stride = (NUM_TIMESTEPS - 1) / (num_steps - 1)
         places, at = [], 0.0
         for _ in range(num_steps):
             places.append(round(at))
@@ -49,14 +49,13 @@ class GaussianDiffusion:
         betas = 1 - kept / before
         variance = betas * (1 - before) / (1 - kept)  # of the posterior q(x_{t-1} | x_t, x_0)
         # at step 0 the variance is 0: its logarithm is that of the next step
-        smallest = variance[1:2] if num_steps > 1 else betas[:1]
         self.tables = torch.stack(
             [
                 kept.sqrt(),
                 (1 - kept).sqrt(),
                 betas * before.sqrt() / (1 - kept),  # posterior mean: factor of x_0
                 (1 - before) * (1 - betas).sqrt() / (1 - kept),  # and of x_t
-                torch.cat([smallest, variance[1:]]).log(),
+                torch.cat([variance[1:2], variance[1:]]).log(),
                 betas.log(),
             ]
         )
@@ -211,7 +210,11 @@ class NoisePredictor(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """x (..., C), t (...) long, z (..., cond_dim) -> (..., 2 C)."""
-        return self.from_embeddings(self.input_proj(x), self.time_embed(t) + self.cond_embed(z))
+        return self.from_embeddings(self.project(x), self.time_embed(t) + self.cond_embed(z))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Noisy tokens, which are float32, to the width and precision of the network."""
+        return self.input_proj(x.to(self.input_proj.weight.dtype))
 
     def from_embeddings(self, x: Tensor, condition: Tensor) -> Tensor:
         """The same from the projected input and the summed embeddings, both (..., W)."""
@@ -281,7 +284,7 @@ class DiffusionHead(nn.Module):
         times = self.net.time_embed(process.timesteps.to(z.device))
         x = start.float()
         for i in reversed(range(num_steps)):
-            projected = self.net.input_proj(x)
+            projected = self.net.project(x)
             projected = torch.cat([projected, projected]) if guided else projected
             eps, fraction = self.net.from_embeddings(projected, conditions + times[i]).float().chunk(2, dim=-1)
             if guided:

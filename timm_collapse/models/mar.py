@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..order import ClassOrderBank, CollapseError
 from ..order.errors import describe
+from .codec import PixelCodec, VaeCodec, load_codec
 from .diffusion import NUM_TIMESTEPS, DiffusionHead
 from .mar_generate import GenerateMixin
 from .tokenizer import patchify, unpatchify
@@ -46,6 +47,7 @@ class MAR(GenerateMixin, nn.Module):
         diffusion_batch_mul: Noise levels drawn for each token and training step.
         grad_checkpointing: Recompute the blocks in the backward pass.
         vae: Where the codec between latents and pixels is from: "pixels", a folder or a Hub id (`load_codec`).
+        vae_scale: Factor on the VAE's latents (see `latent_scale`), 0 for the VAE's own.
         latent_bound: Largest absolute value of a latent, for sampling, where it is known (pixels); 0 for none.
 
     Attributes:
@@ -77,6 +79,7 @@ class MAR(GenerateMixin, nn.Module):
         diffusion_batch_mul: int = 4,
         grad_checkpointing: bool = False,
         vae: str = "xwen99/mar-vae-kl16",
+        vae_scale: float = 0.0,
         latent_bound: float = 0.0,
     ):
         super().__init__()
@@ -87,7 +90,8 @@ class MAR(GenerateMixin, nn.Module):
         for name, low in (("class_num", 0), ("buffer_size", 1), ("diffusion_batch_mul", 1)):
             if locals()[name] < low:
                 raise CollapseError(f"{name}: must be at least {low}, got {locals()[name]}")
-        self.img_size, self.patch_size, self.vae_embed_dim, self.vae = img_size, patch_size, vae_embed_dim, vae
+        self.img_size, self.patch_size, self.vae_embed_dim = img_size, patch_size, vae_embed_dim
+        self.vae, self.vae_scale = vae, vae_scale
         self.grid, self.seq_len = (side, side), side * side
         self.token_dim = vae_embed_dim * patch_size**2
         self.num_classes, self.buffer_size, self.label_drop_prob = class_num, buffer_size, label_drop_prob
@@ -263,6 +267,10 @@ class MAR(GenerateMixin, nn.Module):
             raise CollapseError(f"num_masked: must be in [1, {self.seq_len}], got {num_masked}")
         if drop_label is None:
             drop_label = torch.rand(batch, device=device) < self.label_drop_prob
+        shape = (self.diffusion_batch_mul, batch, num_masked)
+        for name, value, wanted in (("t", t, shape), ("noise", noise, (*shape, self.token_dim))):
+            if value is not None and tuple(value.shape) != wanted:
+                raise CollapseError(f"{name}: must be of shape {wanted}, got {describe(value)}")
         visible = order[:, : self.seq_len - num_masked].sort(1).values
         masked = order[:, self.seq_len - num_masked :]
         tokens = self.patchify(latents)
@@ -270,7 +278,6 @@ class MAR(GenerateMixin, nn.Module):
         z = self.forward_decoder(
             self.forward_encoder(gather_tokens(tokens, visible), visible, condition), visible, masked
         )
-        shape = (self.diffusion_batch_mul, batch, num_masked)
         target = gather_tokens(tokens, masked).expand(*shape, -1)
         t = torch.randint(NUM_TIMESTEPS, shape, device=device) if t is None else t
         noise = torch.randn_like(target) if noise is None else noise
@@ -278,6 +285,10 @@ class MAR(GenerateMixin, nn.Module):
         return {"loss": (mse + bound).mean(), "mse": mse.mean().detach(), "bound": bound.mean().detach()}
 
     # -- what travels with a checkpoint --------------------------------------------------------------------------------
+
+    def codec(self) -> PixelCodec | VaeCodec:
+        """Between images in [0, 1] and the latents of this model; loads its VAE."""
+        return load_codec(self.vae, self.vae_scale or None)
 
     def load_bank(self, path: str | Path) -> MAR:
         """Take the order bank of a file; its grid is resampled to the model's."""

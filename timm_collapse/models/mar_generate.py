@@ -15,7 +15,7 @@ from torch import Tensor
 from ..order import ClassOrderBank, CollapseError, GenerationOrder, Order, tokens_per_step
 from ..order.errors import describe
 from ..order.order import stable_argsort
-from .diffusion import draw_normal
+from .diffusion import draw_normal, schedule
 from .transformer import gather_tokens, scatter_tokens
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
@@ -62,7 +62,7 @@ class GenerateMixin:
             progress: Show a bar.
 
         Returns:
-            Latents (B, C, h, w) float32, for `load_codec(model.vae).decode`.
+            Latents (B, C, h, w) float32, for `model.codec().decode`.
 
         Raises:
             CollapseError: For arguments of other shapes or ranges, or latents that are not finite.
@@ -86,7 +86,9 @@ class GenerateMixin:
         ranks = None if chooser.dynamic else chooser(labels, generator).to(device).ranks
         done = int(known[0].sum())
         plan = tokens_per_step(self.seq_len - done, steps)
-        anneal = _annealed(diffusion_steps or self.num_sampling_steps, steps)
+        anneal = _annealed(self.num_sampling_steps if diffusion_steps is None else diffusion_steps, steps)
+        for number in set(anneal):
+            schedule(number)  # raises before anything is generated
 
         was_training = self.training
         self.eval()
@@ -187,6 +189,8 @@ class GenerateMixin:
 
 def _annealed(diffusion_steps: int | tuple[int, int], steps: int) -> list[int]:
     """Diffusion steps of each iteration."""
+    if isinstance(diffusion_steps, (tuple, list)) and len(diffusion_steps) != 2:
+        raise CollapseError(f"diffusion_steps: must be one number or two, got {diffusion_steps!r}")
     first, last = (diffusion_steps, diffusion_steps) if isinstance(diffusion_steps, int) else diffusion_steps
     return [round(first + (last - first) * s / max(1, steps - 1)) for s in range(steps)]
 
