@@ -32,7 +32,7 @@ from timm_collapse.models.cmar import BANK_FILE
 from timm_collapse.models.diffusion import NUM_TIMESTEPS
 from timm_collapse.models.mar import mask_rate
 from timm_collapse.models.mar_checkpoints import load_mar_weights
-from timm_collapse.order import Order, jitter_order, mix_random
+from timm_collapse.order import Order, jitter_order, mix_random, tokens_per_step
 
 
 @dataclass
@@ -64,6 +64,11 @@ class Args(TrainArgs):
         default="truncnorm", metadata={"help": "Distribution of the mask ratio: truncnorm (MAR's), cosine, uniform."}
     )
     mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest mask ratio; MAR's is .7."})
+    predict_steps: int = field(
+        default=0,
+        metadata={"help": "0: the loss is of all masked tokens. T: the mask is that of one of T sampling steps, the "
+                          "loss that of the tokens which it generates; mask_ratio is not used then."},
+    )  # fmt: skip
     bank_per_class: int = field(default=128, metadata={"help": "Real orders a class in the order bank; 0: no bank."})
     dataset: str = field(default="digits", metadata={"help": "digits, a folder, or a timm data set; a+b joins."})
     split: str = field(default="train", metadata={"help": "Split of the data set."})
@@ -78,7 +83,7 @@ class Args(TrainArgs):
             raise CollapseError(f"mirror: must be in [0, 1], or -1, got {self.mirror}")
         if self.random_orders > 1:
             raise CollapseError(f"random_orders: must be at most 1, got {self.random_orders}")
-        for name in ("random_orders", "jitter", "bank_per_class"):
+        for name in ("random_orders", "jitter", "bank_per_class", "predict_steps"):
             if getattr(self, name) < 0:
                 raise CollapseError(f"{name}: must be at least 0, got {getattr(self, name)}")
 
@@ -106,14 +111,14 @@ def main() -> None:
             order = mix_random(order, args.random_orders, run.rand(batch, length + 1).cpu())
         else:
             order = Order(run.rand(batch, length), model.grid)
-        masked = math.ceil(length * mask_rate(args.mask_ratio, run.uniform(), args.mask_ratio_min))
-        shape = (model.diffusion_batch_mul, masked)
+        masked, predicted = counts(args, run, length)
+        shape = (model.diffusion_batch_mul, predicted)
         t = (run.rand(batch, *shape) * NUM_TIMESTEPS).long().transpose(0, 1)
         noise = run.randn(batch, *shape, model.token_dim).transpose(0, 1)
         drop = run.rand(batch) < model.label_drop_prob
         indices = order.indices.to(latents.device)
         with run.accelerator.autocast():
-            out = run.model(latents, labels[index.cpu()].to(latents.device), indices, masked, drop, t, noise)
+            out = run.model(latents, labels[index.cpu()].to(latents.device), indices, masked, predicted, drop, t, noise)
         run.step(out["loss"], out)
     model = run.finish()
     if run.is_main:
@@ -123,6 +128,16 @@ def main() -> None:
             bank = ClassOrderBank.build(orders, cache.num_classes, args.bank_per_class, args.seed,
                                         source=table.source)  # fmt: skip
             bank.save(Path(args.output) / BANK_FILE)
+
+
+def counts(args: Args, run: Run, length: int) -> tuple[int, int]:
+    """How many tokens are masked in this step, and how many of them are predicted."""
+    if not args.predict_steps:
+        masked = math.ceil(length * mask_rate(args.mask_ratio, run.uniform(), args.mask_ratio_min))
+        return masked, masked
+    plan = tokens_per_step(length, args.predict_steps)
+    step = run.randint(0, len(plan))
+    return sum(plan[step:]), plan[step]
 
 
 def parameter_groups(model: MAR, weight_decay: float) -> list[dict]:

@@ -129,7 +129,7 @@ def decode(mar, x, mask):
     batch = len(x)
     mask = torch.cat([torch.zeros(batch, mar.buffer_size, device=x.device), mask], dim=1)
     padded = mar.mask_token.repeat(batch, mask.shape[1], 1).clone()
-    padded[(1 - mask).nonzero(as_tuple=True)] = x.reshape(-1, x.shape[-1])
+    padded[(1 - mask).nonzero(as_tuple=True)] = x.reshape(-1, x.shape[-1]).to(padded)
     x = padded + mar.decoder_pos_embed_learned
     for block in mar.decoder_blocks:
         x = block(x)

@@ -247,7 +247,11 @@ class ExactGaussian(torch.nn.Module):
     def time_embed(self, t):
         return torch.cat([torch.zeros(len(t), 2), t[:, None].float()], 1)
 
-    def from_embeddings(self, x, condition):
+    def modulations(self, condition):
+        return [condition]
+
+    def from_modulations(self, x, modulations):
+        (condition,) = modulations
         mean, t = condition[:, :2].double(), float(condition[0, 2])
         (i,) = (self.tables["timesteps"] == t).nonzero()[0].tolist()
         at = {name: float(table[i]) for name, table in self.tables.items()}

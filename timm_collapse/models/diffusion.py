@@ -18,6 +18,7 @@ from ..order import CollapseError
 
 NUM_TIMESTEPS = 1000
 MAX_BETA = 0.999
+MODULATED_ROWS = 4096  # of a large matrix product instead of many small ones; bounds its memory
 FREQUENCIES = 256
 
 
@@ -210,19 +211,23 @@ class NoisePredictor(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """x (..., C), t (...) long, z (..., cond_dim) -> (..., 2 C)."""
-        return self.from_embeddings(self.project(x), self.time_embed(t) + self.cond_embed(z))
+        return self.from_modulations(self.project(x), self.modulations(self.time_embed(t) + self.cond_embed(z)))
 
     def project(self, x: Tensor) -> Tensor:
         """Noisy tokens, which are float32, to the width and precision of the network."""
         return self.input_proj(x.to(self.input_proj.weight.dtype))
 
-    def from_embeddings(self, x: Tensor, condition: Tensor) -> Tensor:
-        """The same from the projected input and the summed embeddings, both (..., W)."""
+    def modulations(self, condition: Tensor) -> list[Tensor]:
+        """What the summed embeddings (..., W) say to each block and to the last layer: (..., 3 W) and (..., 2 W)."""
         condition = F.silu(condition)
+        return [layer.adaLN_modulation[1](condition) for layer in (*self.res_blocks, self.final_layer)]
+
+    def from_modulations(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
+        """The rest of the network, which alone sees the noisy tokens: projected ones (..., W) -> (..., 2 C)."""
         x = x.float() if x.dtype == torch.float16 else x  # the residual sum leaves fp16's range first
-        for block in self.res_blocks:
-            x = block(x, block.adaLN_modulation[1](condition))
-        return self.final_layer(x, self.final_layer.adaLN_modulation[1](condition))
+        for block, modulation in zip(self.res_blocks, modulations):
+            x = block(x, modulation)
+        return self.final_layer(x, modulations[-1])
 
 
 class DiffusionHead(nn.Module):
@@ -282,11 +287,15 @@ class DiffusionHead(nn.Module):
         process, guided = schedule(num_steps), z_uncond is not None
         conditions = self.net.cond_embed(torch.cat([z, z_uncond]) if guided else z)
         times = self.net.time_embed(process.timesteps.to(z.device))
-        x = start.float()
+        x, group = start.float(), max(1, MODULATED_ROWS // len(conditions))
         for i in reversed(range(num_steps)):
+            if (num_steps - 1 - i) % group == 0:  # the modulations do not depend on x: those of several steps at once
+                first = max(0, i - group + 1)
+                several = self.net.modulations(conditions + times[first : i + 1].unsqueeze(1))
             projected = self.net.project(x)
             projected = torch.cat([projected, projected]) if guided else projected
-            eps, fraction = self.net.from_embeddings(projected, conditions + times[i]).float().chunk(2, dim=-1)
+            out = self.net.from_modulations(projected, [each[i - first] for each in several])
+            eps, fraction = out.float().chunk(2, dim=-1)
             if guided:
                 (eps, eps_uncond), fraction = eps.chunk(2), fraction.chunk(2)[0]
                 eps = eps_uncond + guidance_scale * (eps - eps_uncond)

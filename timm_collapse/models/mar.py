@@ -233,6 +233,7 @@ class MAR(GenerateMixin, nn.Module):
         labels: Tensor,
         order: Tensor | None = None,
         num_masked: int | None = None,
+        num_predicted: int | None = None,
         drop_label: Tensor | None = None,
         t: Tensor | None = None,
         noise: Tensor | None = None,
@@ -244,12 +245,15 @@ class MAR(GenerateMixin, nn.Module):
             labels: (B,) long.
             order: (B, L) long, best first: the last `num_masked` are masked. Random by default.
             num_masked: In [1, L]; by default from MAR's distribution (`mask_rate`).
+            num_predicted: The loss is of so many masked tokens, those that come next in the order; by default of all.
+                Where orders depend on the image, what is masked last is what is easy to tell: a model that learns all
+                masked tokens alike then takes the next ones for too smooth.
             drop_label: (B,) bool; by default drawn with `label_drop_prob`.
-            t: (diffusion_batch_mul, B, num_masked) long: time steps; by default drawn.
-            noise: (diffusion_batch_mul, B, num_masked, token_dim); by default drawn.
+            t: (diffusion_batch_mul, B, num_predicted) long: time steps; by default drawn.
+            noise: (diffusion_batch_mul, B, num_predicted, token_dim); by default drawn.
 
         Returns:
-            loss, the mean over the masked tokens, and its parts: `mse` of the noise and `bound` in bits.
+            loss, the mean over the predicted tokens, and its parts: `mse` of the noise and `bound` in bits.
 
         Raises:
             CollapseError: For arguments of other shapes or ranges.
@@ -265,14 +269,17 @@ class MAR(GenerateMixin, nn.Module):
             num_masked = math.ceil(self.seq_len * mask_rate("truncnorm", torch.rand(()).item()))
         if not 1 <= num_masked <= self.seq_len:
             raise CollapseError(f"num_masked: must be in [1, {self.seq_len}], got {num_masked}")
+        num_predicted = num_masked if num_predicted is None else num_predicted
+        if not 1 <= num_predicted <= num_masked:
+            raise CollapseError(f"num_predicted: must be in [1, num_masked={num_masked}], got {num_predicted}")
         if drop_label is None:
             drop_label = torch.rand(batch, device=device) < self.label_drop_prob
-        shape = (self.diffusion_batch_mul, batch, num_masked)
+        shape = (self.diffusion_batch_mul, batch, num_predicted)
         for name, value, wanted in (("t", t, shape), ("noise", noise, (*shape, self.token_dim))):
             if value is not None and tuple(value.shape) != wanted:
                 raise CollapseError(f"{name}: must be of shape {wanted}, got {describe(value)}")
         visible = order[:, : self.seq_len - num_masked].sort(1).values
-        masked = order[:, self.seq_len - num_masked :]
+        masked = order[:, self.seq_len - num_masked :][:, :num_predicted]
         tokens = self.patchify(latents)
         condition = torch.where(drop_label[:, None], self.fake_latent, self.class_condition(labels))
         z = self.forward_decoder(

@@ -123,7 +123,7 @@ class GenerateMixin:
             options: For `torch.compile`.
         """
         net = self.diffloss.net
-        net.from_embeddings = torch.compile(type(net).from_embeddings.__get__(net), **{"dynamic": True, **options})
+        net.from_modulations = torch.compile(type(net).from_modulations.__get__(net), **{"dynamic": True, **options})
         return self
 
     def _conditions(
