@@ -71,8 +71,10 @@ def parse() -> argparse.Namespace:
     add("--orderer", default="collapse_ranker_tiny", help="orders the drafts")
     add("--order-temperature", type=float, default=0.1, help="Plackett-Luce noise around the class mean")
     add("--batch-size", type=int, default=250)
+    add("--note", default="", help="what else the table should say, such as what the models are")
     add("--work", default="runs/generation_orders")
     add("--part", default="0/1", help="i/n: this process measures every n-th order")
+    add("--report", action="store_true", help="measure nothing, write the table of what is there")
     return parser.parse_args()
 
 
@@ -84,7 +86,7 @@ def main() -> None:
     own, parts = (int(n) for n in args.part.split("/"))
     models = dict(item.split("=", 1) for item in args.models)
     pairs = [(model, order) for order in args.orders for model in models]
-    for model, order in pairs[own::parts]:
+    for model, order in [] if args.report else pairs[own::parts]:
         best = bench.best_guidance(model, order)
         for seed in args.seeds:
             bench.measure(Cell(model, order, best, seed, args.samples))
@@ -112,16 +114,16 @@ class Bench:
         """The scale with the smallest Fréchet distance."""
         return min(self.sweep(model, order), key=lambda cell: self.measure(cell)["frechet"]).guidance
 
-    def complete(self, model: str, order: str) -> bool:
-        """Whether all cells of a row are measured."""
+    def measured(self, model: str, order: str) -> tuple[dict[float, float], list[dict]]:
+        """What is there of a row: Fréchet distance by guidance scale in the sweep, and the seeds at the best scale."""
+        found = {c.guidance: self.measure(c)["frechet"] for c in self.sweep(model, order) if self.has(c)}
+        best = min(found, key=found.get, default=None)
+        cells = [Cell(model, order, best, seed, self.args.samples) for seed in self.args.seeds] if found else []
+        return found, [self.measure(cell) for cell in cells if self.has(cell)]
 
-        def there(cells: list[Cell]) -> bool:
-            return all((self.work / cell.file).exists() for cell in cells)
-
-        if not there(self.sweep(model, order)):
-            return False
-        best = self.best_guidance(model, order)
-        return there([Cell(model, order, best, seed, self.args.samples) for seed in self.args.seeds])
+    def has(self, cell: Cell) -> bool:
+        """Whether a cell is measured."""
+        return (self.work / cell.file).exists()
 
     def measure(self, cell: Cell) -> dict:
         path = self.work / cell.file
@@ -194,18 +196,18 @@ def report(args: argparse.Namespace, bench: Bench, pairs: list[tuple[str, str]])
     """Writes the table of all rows whose cells are there."""
     rows, data = [], {"sweeps": {}, "cells": {}}
     for model, order in pairs:
-        if not bench.complete(model, order):
+        sweep, found = bench.measured(model, order)
+        if not found:
             print(f"not measured yet: {model}, {order}")
             continue
-        sweep = {cell.guidance: bench.measure(cell)["frechet"] for cell in bench.sweep(model, order)}
         best = min(sweep, key=sweep.get)
-        found = [bench.measure(Cell(model, order, best, seed, args.samples)) for seed in args.seeds]
         data["sweeps"][f"{model}, {order}"] = sweep
         data["cells"][f"{model}, {order}"] = {"guidance": best, "seeds": found}
         means = {key: statistics.mean(each[key] for each in found) for key in SHOWN}
         spread = max(each["frechet"] for each in found) - min(each["frechet"] for each in found)
         rows.append({
-            "model": model, "order": order, "guidance": f"{best:g}",
+            "model": model, "order": order, "guidance": f"{best:g}" if len(sweep) > 1 else f"{best:g} (fixed)",
+            "seeds": len(found),
             "Fréchet": f"{means['frechet']:.3f} (± {spread / 2:.3f})", "kernel x 1000": f"{1000 * means['kid']:.2f}",
             **{key: f"{means[key]:.3f}" for key in ("precision", "recall", "density", "coverage")},
             "label accuracy": f"{100 * means['label_accuracy']:.1f}%", "score": f"{means['classifier_score']:.2f}",
@@ -214,13 +216,14 @@ def report(args: argparse.Namespace, bench: Bench, pairs: list[tuple[str, str]])
         return
     rows.sort(key=lambda row: (row["model"], float(row["Fréchet"].split()[0])))
     top1 = json.loads((Path(args.features.removeprefix("local-dir:")) / "recipe.json").read_text())["validation_top1"]
+    note = f" {args.note}" if args.note else ""
     judge = bench.judge.pretrained_cfg["architecture"]
     scales = ", ".join(f"{g:g}" for g in args.guidance)
     text = (
-        f"{args.samples} samples a seed ({len(args.seeds)} seeds; ± half their range), {args.steps} steps, "
-        f"{args.diffusion_steps} diffusion steps, {args.guidance_schedule} guidance, its scale chosen for each row "
-        f"among {scales} on {args.sweep_samples} samples of another seed. Distances to {args.references} training "
-        f"images in the features of a {judge} trained on them ({top1:.1f}% top-1): not FID.\n\n{markdown_table(rows)}"
+        f"{args.samples} samples a seed (± half the range of the seeds), {args.steps} steps, {args.diffusion_steps} "
+        f"diffusion steps, {args.guidance_schedule} guidance, its scale chosen for each row among {scales} (unless "
+        f"fixed) on {args.sweep_samples} samples of another seed. Distances to {args.references} training images in "
+        f"the features of a {judge} trained on them ({top1:.1f}% top-1): not FID.{note}\n\n{markdown_table(rows)}"
     )
     write_section(f"generation_orders_{args.name}", f"Generation orders: {args.name}", text, data)
     print(text)

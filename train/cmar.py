@@ -6,9 +6,12 @@
         --vae xwen99/mar-vae-kl16 --steps 24000 --batch_size 32 --lr 1e-7 --warmup 0.1 --ema 0.99999 --precision bf16
 
 A MAR is the same network as a CMAR: it sees random orders (--orderer random). With any other orderer, the patches that
-come late in the image's collapse order are masked, and learnt from those that come early; --random_orders of the
-samples see a random order. Latents are cached once (--latents), and so are the orders (--order_table); the orders of
-the training images become the order bank that is saved beside the weights and that `generate` draws from.
+come late in the image's collapse order are masked, and those that come next are learnt from those that come early;
+--random_orders of the samples see a random order. With --predict_steps 0 all masked patches are learnt, as published;
+but the last ones are the easy ones, and such a model takes the next one for too smooth (docs/results.md).
+
+Latents are cached once (--latents), and so are the orders (--order_table); the orders of the training images become the
+order bank that is saved beside the weights and that `generate` draws from.
 """
 
 from __future__ import annotations
@@ -65,9 +68,10 @@ class Args(TrainArgs):
     )
     mask_ratio_min: float = field(default=0.7, metadata={"help": "Smallest mask ratio; MAR's is .7."})
     predict_steps: int = field(
-        default=0,
+        default=-1,
         metadata={"help": "0: the loss is of all masked tokens. T: the mask is that of one of T sampling steps, the "
-                          "loss that of the tokens which it generates; mask_ratio is not used then."},
+                          "loss that of the tokens which it generates; mask_ratio is not used then. -1: 16 where "
+                          "--init is fine-tuned along collapse orders, else 0."},
     )  # fmt: skip
     bank_per_class: int = field(default=128, metadata={"help": "Real orders a class in the order bank; 0: no bank."})
     dataset: str = field(default="digits", metadata={"help": "digits, a folder, or a timm data set; a+b joins."})
@@ -81,6 +85,9 @@ class Args(TrainArgs):
             self.mirror = 0.0 if self.dataset == "digits" else 0.5
         if not 0 <= self.mirror <= 1:
             raise CollapseError(f"mirror: must be in [0, 1], or -1, got {self.mirror}")
+        if self.predict_steps == -1:
+            # from scratch, the few tokens of a step teach too slowly
+            self.predict_steps = 16 if self.init and self.orderer != "random" else 0
         if self.random_orders > 1:
             raise CollapseError(f"random_orders: must be at most 1, got {self.random_orders}")
         for name in ("random_orders", "jitter", "bank_per_class", "predict_steps"):
@@ -118,7 +125,7 @@ def main() -> None:
         drop = run.rand(batch) < model.label_drop_prob
         indices = order.indices.to(latents.device)
         with run.accelerator.autocast():
-            out = run.model(latents, labels[index.cpu()].to(latents.device), indices, masked, predicted, drop, t, noise)
+            out = run.model(latents, labels[index.cpu()].to(latents.device), indices, masked, drop, t, noise, predicted)
         run.step(out["loss"], out)
     model = run.finish()
     if run.is_main:
@@ -135,7 +142,7 @@ def counts(args: Args, run: Run, length: int) -> tuple[int, int]:
     if not args.predict_steps:
         masked = math.ceil(length * mask_rate(args.mask_ratio, run.uniform(), args.mask_ratio_min))
         return masked, masked
-    plan = tokens_per_step(length, args.predict_steps)
+    plan = tokens_per_step(length, min(length, args.predict_steps))
     step = run.randint(0, len(plan))
     return sum(plan[step:]), plan[step]
 

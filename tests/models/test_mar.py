@@ -358,3 +358,18 @@ def test_wrong_training_input(changes, message):
 def test_wrong_sizes(changes, message):
     with pytest.raises(CollapseError, match=message):
         MAR(**{**SMALL, **changes})
+
+
+def test_the_loss_of_the_next_tokens_alone():
+    """It is the loss of all masked tokens with the later ones left out."""
+    mar = random_mar()
+    latents, labels = torch.randn(3, 4, 4, 4), torch.tensor([0, 1, 2])
+    order = torch.rand(3, 16).argsort(1)
+    t, noise = torch.randint(NUM_TIMESTEPS, (2, 3, 10)), torch.randn(2, 3, 10, 4)
+    kept = torch.zeros(3, dtype=torch.bool)
+    parts = [mar(latents, labels, order, 10, kept, t[..., :k], noise[..., :k, :], k)["loss"] for k in (4, 10)]
+    later = order[:, [*range(6), *range(10, 16), *range(6, 10)]]  # the other six come next
+    rest = mar(latents, labels, later, 10, kept, t[..., 4:], noise[..., 4:, :], 6)["loss"]
+    assert torch.allclose(parts[1], 0.4 * parts[0] + 0.6 * rest, rtol=1e-5)
+    with pytest.raises(CollapseError, match=r"num_predicted: must be in \[1, num_masked=10\], got 11"):
+        mar(latents, labels, order, 10, num_predicted=11)

@@ -233,10 +233,10 @@ class MAR(GenerateMixin, nn.Module):
         labels: Tensor,
         order: Tensor | None = None,
         num_masked: int | None = None,
-        num_predicted: int | None = None,
         drop_label: Tensor | None = None,
         t: Tensor | None = None,
         noise: Tensor | None = None,
+        num_predicted: int | None = None,
     ) -> dict[str, Tensor]:
         """Training loss.
 
@@ -245,12 +245,12 @@ class MAR(GenerateMixin, nn.Module):
             labels: (B,) long.
             order: (B, L) long, best first: the last `num_masked` are masked. Random by default.
             num_masked: In [1, L]; by default from MAR's distribution (`mask_rate`).
-            num_predicted: The loss is of so many masked tokens, those that come next in the order; by default of all.
-                Where orders depend on the image, what is masked last is what is easy to tell: a model that learns all
-                masked tokens alike then takes the next ones for too smooth.
             drop_label: (B,) bool; by default drawn with `label_drop_prob`.
             t: (diffusion_batch_mul, B, num_predicted) long: time steps; by default drawn.
             noise: (diffusion_batch_mul, B, num_predicted, token_dim); by default drawn.
+            num_predicted: The loss is of so many masked tokens, those that come next in the order; by default of all.
+                Where orders depend on the image, what is masked last is what is easy to tell: a model that learns all
+                masked tokens alike then takes the next ones for too smooth.
 
         Returns:
             loss, the mean over the predicted tokens, and its parts: `mse` of the noise and `bound` in bits.
