@@ -121,6 +121,14 @@ def test_class_folders_are_found_by_name_in_the_data_set(tmp_path):
     assert open_samples(str(tmp_path / "fake")).classes({}) is None
 
 
+def test_file_names_of_the_generate_command_hold_labels(tmp_path):
+    for number, label in enumerate((7, 3)):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number:06d}_{label}.png")
+    assert open_samples(str(tmp_path)).classes({}).tolist() == [7, 3]
+    Image.new("RGB", (8, 8)).save(tmp_path / "000002.png")
+    assert open_samples(str(tmp_path)).classes({}) is None
+
+
 def test_without_labels_the_table_says_why(run, folder, samples):
     np.savez("bare.npz", np.load(samples / "all.npz")["arr_0"])
     common = ["--features", folder, *QUICK, *REAL, "--images", 50]

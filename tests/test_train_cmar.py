@@ -18,6 +18,7 @@ from timm_collapse import CollapseError, GenerationOrder
 from timm_collapse.engine import run_script
 from timm_collapse.models import load_codec
 from timm_collapse.models.cmar import BANK_FILE
+from timm_collapse.order import tokens_per_step
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"encoder_embed_dim": 32, "encoder_depth": 1, "encoder_num_heads": 2, "decoder_embed_dim": 32,
@@ -215,3 +216,21 @@ def test_only_matrices_of_the_transformer_decay(script):
     assert len(decay["params"]) + len(no_decay["params"]) == len(names)
     assert "encoder_blocks.0.mlp.fc1.weight" in decayed and "class_emb.weight" in decayed
     assert not any(name.startswith("diffloss") or name.endswith("bias") for name in decayed)
+
+
+def test_masks_of_a_sampling_step(script):
+    """With predict_steps every training step is one step of the sampler's plan."""
+
+    class Steps:
+        number = 0
+
+        def randint(self, low: int, high: int) -> int:
+            assert (low, high) == (0, 5)
+            self.number += 1
+            return self.number - 1
+
+    args, run, plan = script.Args(predict_steps=5), Steps(), tokens_per_step(16, 5)
+    for step, predicted in enumerate(plan):
+        assert script.counts(args, run, 16) == (16 - sum(plan[:step]), predicted)
+    assert script.Args().predict_steps == 0 and script.Args(init="x").predict_steps == 16
+    assert script.Args(init="x", orderer="random").predict_steps == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from ..order import CollapseError
 from .feature_statistics import open_npz
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+NAMED = re.compile(r"\d+_(\d+)\.png")
+"""<number>_<label>.png, as `timm-collapse generate --samples` names its files."""
 
 
 class Samples(Dataset):
@@ -78,7 +81,11 @@ def open_samples(path: str) -> Samples:
         if found != size:
             raise CollapseError(f"--samples must be of one size: {files[0]} has {size}, {file} has {found} pixels")
     folders = [file.relative_to(root).parts[:-1] for file in files]
-    return Samples(files, size, [parts[0] for parts in folders] if all(folders) else None)
+    samples = Samples(files, size, [parts[0] for parts in folders] if all(folders) else None)
+    named = [NAMED.fullmatch(file.name) for file in files]
+    if not any(folders) and all(named):
+        samples.labels = np.array([int(match[1]) for match in named])
+    return samples
 
 
 def read_arrays(path: str) -> Samples | None:
