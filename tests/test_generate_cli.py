@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from timm_collapse import ClassOrderBank, CollapseOrder, Order, cli, generate_inputs
+from timm_collapse import ClassOrderBank, CollapseOrder, Order, cli
 from timm_collapse.evaluation.samples import open_samples
 from timm_collapse.hub import save_model
 from timm_collapse.models import MAR, PixelCodec
@@ -229,12 +229,13 @@ def test_a_checkpoint_file(run, folder, tmp_path, monkeypatch):
     code, out, err, _ = run(*options, "--vae", "pixels", model=tmp_path / "mar.pth")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert "--vae: the model's latents have 12 channels and a stride of 16 pixels, those of 'pixels' 3 and 1" in err
-    monkeypatch.setattr(generate_inputs, "load_codec", lambda name: Codec())
-    code, _, _, images = run(*options, model=tmp_path / "mar.pth")
+    monkeypatch.setattr(MAR, "codec", lambda mar: Codec())
+    code, _, err, images = run(*options, model=tmp_path / "mar.pth")
+    assert code == 0, err
     expected = load_mar(tmp_path / "mar.pth").generate(
         [0], 16, diffusion_steps=2, generator=torch.Generator().manual_seed(0)
     )
-    assert code == 0 and images.shape == (1, 64, 64, 3)
+    assert images.shape == (1, 64, 64, 3)
     decoded = (Codec().decode(expected) * 255).round().to(torch.uint8)
     np.testing.assert_array_equal(images, decoded.permute(0, 2, 3, 1).numpy())
     (tmp_path / "bad.pth").write_text("nonsense")
