@@ -1,0 +1,16 @@
+"""What the train scripts share: Accelerate set-up, schedule, EMA, checkpoints, logs and progress.
+
+A script keeps its own loop; `Run` does the rest::
+
+    run = Run(args, model, dataset, transform)
+    for images, labels in run:
+        out = run.model(images, run.rand(len(images), 64))
+        run.step(out["loss"], out)
+    run.finish()
+"""
+
+from .args import TrainArgs, parse_args, run_script
+from .orders import data_set_orders
+from .run import Run
+
+__all__ = ["Run", "TrainArgs", "data_set_orders", "parse_args", "run_script"]

@@ -1,0 +1,101 @@
+"""Arguments that every train script has, and how scripts read theirs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..order import CollapseError
+
+
+@dataclass
+class TrainArgs:
+    """Arguments of every train script."""
+
+    output: str = field(default="runs/run", metadata={"help": "Folder for checkpoints, logs and the final model."})
+    steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=64, metadata={"help": "Images per process and micro-step."})
+    grad_accum: int = field(default=1, metadata={"help": "Micro-steps per optimizer step."})
+    lr: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay (none on 1-D parameters)."})
+    warmup: float = field(default=0.05, metadata={"help": "Share of the steps in linear warm-up."})
+    schedule: str = field(default="cosine", metadata={"help": "After the warm-up: cosine (to 0) or constant."})
+    clip: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this; 0 for never."})
+    ema: float = field(
+        default=0.999, metadata={"help": "EMA decay of the weights that are saved (warmed up); 0 for none."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of weights, data order, augmentation and masks."})
+    precision: str = field(default="no", metadata={"help": "no (fp32), bf16 or fp16 autocast."})
+    workers: int = field(default=0, metadata={"help": "Data loading processes."})
+    log_every: int = field(default=20, metadata={"help": "Steps between log lines."})
+    checkpoint_minutes: float = field(
+        default=5.0, metadata={"help": "Minutes between checkpoints; 0: after every step."}
+    )
+    resume: str = field(default="auto", metadata={"help": "auto: go on from the folder's checkpoint if any; or none."})
+    tensorboard: bool = field(default=True, metadata={"help": "Also write tensorboard events, if it is installed."})
+
+    def __post_init__(self):
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise CollapseError(f"precision: must be no, bf16 or fp16, got {self.precision!r}")
+        for name in ("steps", "batch_size", "grad_accum", "log_every"):
+            if getattr(self, name) < 1:
+                raise CollapseError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.schedule not in ("cosine", "constant"):
+            raise CollapseError(f"schedule: must be cosine or constant, got {self.schedule!r}")
+        if self.resume not in ("auto", "none"):
+            raise CollapseError(f"resume: must be 'auto' or 'none', got {self.resume!r}")
+
+
+def parse_args(cls: type, description: str, argv: list[str] | None = None):
+    """Command line to a dataclass by transformers' HfArgumentParser; `--config file.json|yaml` sets defaults.
+
+    Also seeds torch, so that the model that is built next starts from the seed.
+    """
+    import sys
+
+    from transformers import HfArgumentParser
+
+    argv = [part for a in (sys.argv[1:] if argv is None else argv) for part in _split_config(a)]
+    parser = HfArgumentParser(cls, description=description)
+    parser.add_argument("--config", metavar="FILE", help="JSON or YAML file; the command line overrides it")
+    if "--config" in argv:
+        at = argv.index("--config")
+        path = Path(argv[at + 1]) if at + 1 < len(argv) else None
+        if path is None or not path.is_file():
+            parser.error(f"--config needs an existing .json or .yaml file, got {path}")
+        import yaml
+
+        values = yaml.safe_load(path.read_text())  # JSON is YAML
+        unknown = set(values) - {action.dest for action in parser._actions}
+        if unknown:
+            parser.error(f"--config {path}: unknown arguments {sorted(unknown)}")
+        values = {key: json.dumps(v) if isinstance(v, dict) else v for key, v in values.items()}
+        parser.set_defaults(**values)
+        del argv[at : at + 2]
+    try:
+        args, *_, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    except CollapseError as error:
+        parser.error(str(error))
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    torch.manual_seed(args.seed)
+    return args
+
+
+def _split_config(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a train script's main; what a user can mend is one line, not a stack trace."""
+    import sys
+
+    try:
+        main()
+    except (CollapseError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
