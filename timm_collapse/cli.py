@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import bank_cli, evaluate_cli, evaluate_generation_cli, generate_cli, latents_cli
+from . import bank_cli, evaluate_cli, evaluate_generation_cli, generate_cli, latents_cli, publish_cli
 
 PIXELS_PER_PATCH = 16  # a grid of 14 x 14 stands for a photo of 224 x 224
 MAX_GRID = 128
@@ -205,6 +205,14 @@ COMMANDS = [
         summary="the latents of a data set, to train a generator on",
         description=latents_cli.DESCRIPTION,
         example=latents_cli.EXAMPLE,
+    ),
+    Command(
+        "publish",
+        publish_cli.run_publish,
+        publish_cli.declare_publish,
+        summary="a trained model, its orderer and its card to the Hub",
+        description=publish_cli.DESCRIPTION,
+        example=publish_cli.EXAMPLE,
     ),
     Command(
         "order",

@@ -234,9 +234,9 @@ def _orderer_name(model: nn.Module) -> str:
 
 def _short_names(names: list[str]) -> dict[str, str]:
     """Folders by their last two parts, as in reports, unless that makes two names one."""
-    from .evaluation.report import _relative
+    from .evaluation.report import relative_paths
 
-    short = {name: _relative(name) for name in names}
+    short = {name: relative_paths(name) for name in names}
     return short if len(set(short.values())) == len(names) else {name: name for name in names}
 
 

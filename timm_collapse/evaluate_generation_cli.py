@@ -192,7 +192,7 @@ def _load_model(name: str) -> tuple[nn.Module, str]:
     """The feature model and its name, folders by their last two parts."""
     import timm
 
-    from .evaluation.report import _relative
+    from .evaluation.report import relative_paths
     from .order import CollapseError
 
     path = name.removeprefix("local-dir:")
@@ -203,15 +203,21 @@ def _load_model(name: str) -> tuple[nn.Module, str]:
         raise CollapseError(f"--features: {name!r} could not be loaded: {error or type(error).__name__}") from error
     if not getattr(model, "num_classes", 0):
         raise CollapseError(f"--features: {name!r} is no classifier: it has 0 classes")
-    return model, _relative(path)
+    return model, relative_paths(path)
 
 
 def _results(args: argparse.Namespace, report: GenerationReport | InceptionReport) -> dict[str, Any]:
-    from .evaluation.report import _relative, hardware
+    from .evaluation.report import hardware, relative_paths
 
-    source = {"dataset": _relative(args.dataset), "split": args.split} if args.dataset else {}
-    reference = {"reference": _relative(args.reference)} if args.reference else {}
-    return {"samples_from": _relative(args.samples), **source, **reference, **report.to_dict(), "hardware": hardware()}
+    source = {"dataset": relative_paths(args.dataset), "split": args.split} if args.dataset else {}
+    reference = {"reference": relative_paths(args.reference)} if args.reference else {}
+    return {
+        "samples_from": relative_paths(args.samples),
+        **source,
+        **reference,
+        **report.to_dict(),
+        "hardware": hardware(),
+    }
 
 
 def _print_table(args: argparse.Namespace, report: GenerationReport | InceptionReport, note: str) -> None:

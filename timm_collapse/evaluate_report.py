@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .evaluation import AccuracyCurve, Cost
-from .evaluation.report import _relative, hardware, markdown_table
+from .evaluation.report import hardware, markdown_table, relative_paths
 
 
 def results(
@@ -37,7 +37,7 @@ def results(
             row["images_per_second"] = [cost.images_per_second for cost in costs[entry.label]]
         rows.append(row)
     return {
-        "dataset": _relative(args.dataset), "split": args.split, "images": images, "precision": args.precision,
+        "dataset": relative_paths(args.dataset), "split": args.split, "images": images, "precision": args.precision,
         "pretrained": args.pretrained, "seed": args.seed, "speed_batch": args.speed_batch, "runs": args.runs,
         "device": device.type, "hardware": hardware(), "torch": torch.__version__, "curves": rows,
     }  # fmt: skip

@@ -4,7 +4,8 @@ import pytest
 import timm
 import torch
 
-from timm_collapse import CollapseError, Order
+from timm_collapse import CollapseError, CollapseOrder, Order, collapse
+from timm_collapse.hub import save_model
 from timm_collapse.models import Collapsed
 from timm_collapse.models.cvit import BASES
 
@@ -60,12 +61,19 @@ def test_saved_and_loaded_with_keep_orderer_and_remainder(tmp_path):
 
 
 def test_an_orderer_without_a_name_is_not_saved_as_another(tmp_path):
-    from timm_collapse import CollapseOrder, collapse
-
-    cvit = timm.create_model("cvit_tiny_patch4_32", **SHAPE)
+    cvit = timm.create_model("cvit_tiny_patch4_32", **SHAPE).eval()
     collapse(cvit, CollapseOrder.baseline("bayer"))
-    with pytest.raises(ValueError, match="orderer"):
-        timm.models.save_for_hf(cvit, str(tmp_path), safe_serialization=True)
+    timm.models.save_for_hf(cvit, str(tmp_path), safe_serialization=True)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).orderer.baseline_name == "bayer"
+    collapse(cvit, CollapseOrder(timm.create_model("collapse_ranker_tiny", img_size=16, patch_size=4, dim=32, depth=1)))
+    timm.models.save_for_hf(cvit, str(tmp_path), safe_serialization=True)  # timm's, which knows of no orderer
+    with pytest.raises(CollapseError, match="only beside the weights of its model"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    save_model(cvit, tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded(images), cvit(images))
+    assert torch.equal(loaded.compute_order(images).indices, cvit.compute_order(images).indices)
 
 
 def test_plain_checkpoint_loads_into_a_cvit_by_name(tmp_path):

@@ -41,7 +41,7 @@ def write_section(name: str, title: str, text: str, data: dict[str, Any], result
         data: The numbers, JSON-serialisable; command, versions and hardware are added.
         results: The page.
     """
-    command = shlex.join(["python", *(_relative(argument) for argument in sys.argv)])
+    command = shlex.join(["python", *(relative_paths(argument) for argument in sys.argv)])
     results.parent.mkdir(parents=True, exist_ok=True)
     body = f"<!-- {name} -->\n## {title}\n\n{text}\n\nCommand: `{command}`; {hardware()}.\n<!-- end {name} -->\n"
     page = results.read_text() if results.exists() else "# Results\n\nWritten by the commands that measure.\n\n"
@@ -52,13 +52,21 @@ def write_section(name: str, title: str, text: str, data: dict[str, Any], result
     (results.parent / f"{name}.json").write_text(json.dumps({**facts, **data}, indent=1) + "\n")
 
 
-def _relative(argument: str) -> str:
+def read_section(name: str, results: Path = RESULTS) -> str:
+    """The markdown of one section of the results page, without its heading; "" where there is none."""
+    page = results.read_text(encoding="utf-8") if results.is_file() else ""
+    found = re.search(
+        rf"<!-- {re.escape(name)} -->\n## [^\n]*\n+(.*?)\n<!-- end {re.escape(name)} -->", page, re.DOTALL
+    )
+    return found[1] if found else ""
+
+
+def relative_paths(argument: str) -> str:
     """Absolute paths, also behind `name=` and in lists with commas, are those of one machine: their last two parts."""
     name, equals, paths = argument.rpartition("=")
-    return (
-        name
-        + equals
-        + ",".join(
-            "/".join(Path(path).parts[-2:]) if path.startswith(("/", "..")) else path for path in paths.split(",")
-        )
-    )
+    return name + equals + ",".join(_shortened(path) for path in paths.split(","))
+
+
+def _shortened(path: str) -> str:
+    scheme, colon, bare = path.rpartition(":")  # local-dir:/...
+    return scheme + colon + "/".join(Path(bare).parts[-2:]) if bare.startswith(("/", "..")) else path

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
 
 from .mar import MAR
 from .registry import build, pixel_cfg
+from .sources import find_beside
 
 BANK_FILE = "order_bank.safetensors"
 """The order bank, beside model.safetensors."""
@@ -59,10 +59,10 @@ def _mar(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[
         kwargs.setdefault("class_num", num_classes)
     model = build(MAR, variant, pretrained, defaults, kwargs)
     model.num_classes = 0 if model.class_emb is None else model.class_emb.num_embeddings
-    if pretrained and (weights := (model.pretrained_cfg or {}).get("file")):
-        folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent  # of local-dir: the folder itself
-        if (folder / BANK_FILE).is_file():
-            model.load_bank(folder / BANK_FILE)
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if bank := find_beside(cfg, BANK_FILE, kwargs.get("cache_dir")):
+            model.load_bank(bank)
     return model
 
 

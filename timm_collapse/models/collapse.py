@@ -21,6 +21,7 @@ from .adapters import CollapsedBeit, CollapsedCait, CollapsedNaFlex
 from .collapse_hf import find_hf_adapter, hf_cfg, is_hf
 from .collapsed import Collapsed, CollapsedEva, CollapsedVit, check_keep, collapsed_class
 from .orderer import CollapseOrder
+from .sources import ORDERER_FOLDER
 from .unsupported import unsupported_reason
 
 ADAPTERS: dict[type, type[Collapsed]] = {
@@ -90,7 +91,8 @@ def collapse(
         model.__class__ = base  # as it was
         raise
     if "orderer" in getattr(model, "_model_args", {}):  # a registered cvit_*: what save_for_hf writes
-        update_model_args(model, orderer=given, remainder=remainder, coarse_share=coarse_share)
+        reference = given if isinstance(given, str) else orderer.baseline_name or f"./{ORDERER_FOLDER}"
+        update_model_args(model, orderer=reference, remainder=remainder, coarse_share=coarse_share)
     return model
 
 

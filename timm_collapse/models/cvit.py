@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint, register_model
+from timm.models import (
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    model_entrypoint,
+    register_model,
+)
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
+from timm.models._input import update_model_args
 from torch import nn
 
 from .collapse import collapse
+from .orderer import CollapseOrder
 from .registry import pixel_cfg
+from .sources import ORDERER_FOLDER, check_weights, find_orderer
 
 BASES = {
     "cvit_tiny_patch16": "vit_tiny_patch16_224",
@@ -77,11 +86,33 @@ def _cvit(
     options = {"orderer": orderer, "keep": keep, "remainder": remainder, "coarse_share": coarse_share}
     options = {key: kwargs.pop(key, value) for key, value in options.items()}
     cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
+    if pretrained:
+        check_weights(name, cfg, kwargs.get("cache_dir"))
+    reference = options["orderer"]
+    options["orderer"] = load_orderer(reference, cfg, kwargs.get("cache_dir"))
     model = model_entrypoint(base or BASES[name])(pretrained, pretrained_cfg=cfg, **{**shape, **kwargs})
     vit = model.model if isinstance(model, FeatureGetterNet) else model  # features_only
-    vit._model_args = dict(options)  # save_for_hf writes these; `collapse` and `keep` keep them up to date
+    # save_for_hf writes these; `collapse` and `keep` keep them up to date
+    vit._model_args = options | {"orderer": reference}
     collapse(vit, mean=cfg.mean, std=cfg.std, **options)
+    if isinstance(reference, str):
+        update_model_args(vit, orderer=reference)
     return model
+
+
+def load_orderer(reference: str | CollapseOrder, cfg: PretrainedCfg, cache_dir: str | None = None) -> CollapseOrder:
+    """The orderer that a collapsed model's arguments name.
+
+    Args:
+        reference: A name as `CollapseOrder.named` takes it, or an orderer. One that ends in "/orderer" is beside the
+            weights, if the model is loaded from a folder or repository that has it there.
+        cfg: Where the model's weights are.
+    """
+    if not isinstance(reference, str):
+        return reference
+    if reference.split("/")[-1] == ORDERER_FOLDER and (folder := find_orderer(cfg, cache_dir)):
+        return CollapseOrder.from_pretrained(str(folder))
+    return CollapseOrder.named(reference)
 
 
 @register_model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -11,7 +13,11 @@ from torch import Tensor, nn
 from ..order import BASELINES, RANKINGS, CollapseError, Order, baseline_scores, check_grid, check_images, rank_graph
 from .comae import CoMAE
 from .ranker import Ranker
+from .sources import CONFIG_FILE, WEIGHTS_FILE, bundled_models, download, find_file
 from .tokenizer import resize_images
+
+SETTINGS_FILE = "orderer.json"
+"""Beside the weights of a saved orderer: how it ranks."""
 
 
 class CollapseOrder(nn.Module):
@@ -45,6 +51,8 @@ class CollapseOrder(nn.Module):
         if not isinstance(model, (CoMAE, Ranker)):
             raise CollapseError(f"model: expected a CoMAE, a Ranker or a baseline's name, got {type(model).__name__}")
         self.model = model.eval().requires_grad_(False)
+        for part in (*model.modules(), *model.parameters()):
+            part._is_hf_initialized = True  # transformers would give weights that are in no file random values
         self.grid = model.grid
         cfg = getattr(model, "pretrained_cfg", {})
         self.mean, self.std = tuple(cfg.get("mean", (0.5,) * 3)), tuple(cfg.get("std", (0.5,) * 3))
@@ -71,23 +79,28 @@ class CollapseOrder(nn.Module):
         Raises:
             CollapseError: Nothing of that name, or a model that makes no order.
         """
+        saved = {}
         if Path(name).is_dir():
-            source = f"local-dir:{name}"
+            source, saved = f"local-dir:{name}", _settings(Path(name) / SETTINGS_FILE)
         elif timm.is_model(name.split(":")[-1].split(".")[0]):
             source = name
+        elif name.startswith("./"):
+            raise CollapseError(f"name: {name!r} is no folder here; it is found only beside the weights of its model")
         elif "/" in name:
-            source = name if name.startswith(("hf-hub:", "local-dir:")) else f"hf-hub:{name}"
+            source, saved = _from_hub(name.removeprefix("hf-hub:"))
         else:
-            known = [m for m in timm.list_models(pretrained=True) if m.startswith(("collapse_ranker", "comae"))]
+            known = [m for m in bundled_models() if m.startswith(("collapse_ranker", "comae"))]
             raise CollapseError(
                 f"name: {name!r} is neither a registered model, a folder, nor a Hub id; bundled: {', '.join(known)}"
             )
         try:
-            return cls(timm.create_model(source, pretrained=True), **kwargs)
+            with torch.device("cpu"):  # whoever builds the model around it on no device still gets its weights
+                model = timm.create_model(source, pretrained=True)
         except CollapseError:
             raise
         except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise CollapseError(f"name: {name!r} could not be loaded: {error or type(error).__name__}") from error
+        return cls(model, **{**saved, **kwargs})
 
     def forward(self, images: Tensor, grid: tuple[int, int] | None = None, upto: int | None = None) -> Order:
         """Order the patches of each image.
@@ -131,3 +144,26 @@ class CollapseOrder(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.baseline_name or type(self.model).__name__}, grid={self.grid}, ranking={self.ranking!r}"
+
+
+def _from_hub(name: str) -> tuple[str, dict[str, Any]]:
+    """A timm source for a repository or a folder in one, all files checked, and the settings saved beside."""
+    path, at, revision = name.partition("@")
+    owner, repo, *folder = path.split("/")
+    if not all((owner, repo, *folder)):
+        raise CollapseError(f"name: expected a Hub id 'owner/name' or 'owner/name/folder', got {name!r}")
+    repo, prefix = f"{owner}/{repo}{at}{revision}", "".join(f"{part}/" for part in folder)
+    weights = download(repo, f"{prefix}{WEIGHTS_FILE}")
+    download(repo, f"{prefix}{CONFIG_FILE}")
+    settings = find_file(repo, f"{prefix}{SETTINGS_FILE}")
+    return f"local-dir:{weights.parent}", _settings(settings)
+
+
+def _settings(file: Path | None) -> dict[str, Any]:
+    if file is None or not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text())
+        return {name: values[name] for name in ("ranking", "damping")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CollapseError(f"name: {file} is damaged: {error!r}") from error

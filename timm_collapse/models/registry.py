@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from ..order import CollapseError
-
-WEIGHTS = Path(__file__).parent / "weights"
-"""Bundled weights: one folder `<architecture>.<tag>` each, in the layout that timm's `local-dir:` reads."""
+from .sources import WEIGHTS, check_weights
 
 TIN_MEAN, TIN_STD = (0.480, 0.448, 0.398), (0.277, 0.269, 0.282)
 
@@ -44,6 +41,9 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, defaults: dict[s
         arguments["img_size"] = size[0]
     if arguments.get("in_chans", 3) != 3:
         raise CollapseError(f"in_chans: only RGB (3) is supported, got {arguments['in_chans']}")
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        check_weights(variant, cfg, kwargs.get("cache_dir"))
     model = build_model_with_cfg(
         cls, variant, pretrained, kwargs_filter=("num_classes", "global_pool", "in_chans"), **arguments
     )

@@ -12,19 +12,32 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from timm.models._input import update_model_args
 from torch import nn
 
-from .order import CollapseError
+from ..models import MAR, Collapsed, CollapseOrder
+from ..models.cmar import BANK_FILE
+from ..models.orderer import SETTINGS_FILE
+from ..models.sources import ORDERER_FOLDER, WEIGHTS_FILE
+from ..order import CollapseError
 
 
-def save_model(model: nn.Module, folder: str | Path, recipe: Any = None, half: bool = False, **extra: Any) -> Path:
-    """Write config.json, model.safetensors and recipe.json.
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    recipe: Any = None,
+    half: bool | None = False,
+    whole: bool = False,
+    **extra: Any,
+) -> Path:
+    """Write config.json, model.safetensors, recipe.json and what belongs to the model: its orderer, its order bank.
 
     Args:
         model: A registered model (it has a `pretrained_cfg`).
         folder: Where to; `timm.create_model("local-dir:<folder>", pretrained=True)` reads it.
         recipe: Dataclass or dict of the training arguments.
-        half: Store the weights in fp16.
+        half: Store the weights in fp16; None: only where that loses nothing.
+        whole: A collapsed model's orderer is also written where it is bundled with this package, and would be found.
         extra: Further entries of recipe.json, e.g. measured numbers.
 
     Returns:
@@ -32,15 +45,46 @@ def save_model(model: nn.Module, folder: str | Path, recipe: Any = None, half: b
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, Collapsed) and _needs_its_orderer(model, whole):
+        save_orderer(model.orderer, folder / ORDERER_FOLDER, half)
+        update_model_args(model, orderer=f"./{ORDERER_FOLDER}")
     save_for_hf(model, str(folder), model_args=getattr(model, "model_args", None) or None, safe_serialization=True)
-    if half:
+    if half or half is None and fits_half(model):
         state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE)
+    if isinstance(model, MAR) and model.bank is not None:
+        model.bank.save(folder / BANK_FILE)
     if recipe is not None or extra:
         values = asdict(recipe) if is_dataclass(recipe) else dict(recipe or {})
         values = {"arguments": values, "parameters": sum(p.numel() for p in model.parameters()), **extra}
         (folder / "recipe.json").write_text(json.dumps(values, indent=1, default=_plain) + "\n")
     return folder
+
+
+def save_orderer(orderer: CollapseOrder, folder: str | Path, half: bool | None = False) -> Path:
+    """Write an orderer's network and how it ranks; `CollapseOrder.from_pretrained(folder)` reads both.
+
+    Raises:
+        CollapseError: A baseline, which has nothing to save.
+    """
+    if orderer.model is None:
+        raise CollapseError(f"orderer: the baseline {orderer.baseline_name!r} has no weights; its name is all")
+    save_model(orderer.model, folder, half=half)
+    settings = {"ranking": orderer.ranking, "damping": orderer.damping}
+    (Path(folder) / SETTINGS_FILE).write_text(json.dumps(settings) + "\n")
+    return Path(folder)
+
+
+def fits_half(model: nn.Module) -> bool:
+    """Whether all weights are fp16 numbers, as those are that were read from an fp16 file."""
+    return all(torch.equal(v, v.half().to(v)) for v in model.state_dict().values() if v.is_floating_point())
+
+
+def _needs_its_orderer(model: Collapsed, whole: bool) -> bool:
+    if not isinstance(model.orderer, CollapseOrder) or model.orderer.model is None:
+        return False
+    reference = getattr(model, "_model_args", {}).get("orderer")
+    return reference is not None and (whole or not timm.is_model(str(reference).split(".")[0]))
 
 
 def load_weights(model: nn.Module, source: str | Path) -> None:

@@ -1,0 +1,158 @@
+"""Publishing a model: the folder that goes to the Hub, and the way there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import timm
+from timm.models._input import update_model_args
+from torch import nn
+
+from ..models import MAR, Collapsed
+from ..models.mar_checkpoints import load_mar_weights
+from ..models.sources import CONFIG_FILE, ORDERER_FOLDER
+from ..order import CollapseError
+from .card import write_card
+from .config import HubConfig
+from .save import save_model
+
+RECIPE_FILE = "recipe.json"
+
+
+def load_checkpoint(config: HubConfig, checkpoint: str | Path = "") -> nn.Module:
+    """The model of a configuration, with the weights of a checkpoint, in eval mode.
+
+    Args:
+        checkpoint: A folder that a train script wrote, a registered name with weights, or for a generator also a
+            weight file; empty takes the configuration's own.
+
+    Raises:
+        CollapseError: There is none, or it is of another architecture.
+    """
+    checkpoint = str(checkpoint or config.checkpoint)
+    if not checkpoint:
+        raise CollapseError(f"checkpoint: {config.name} has no weights of its own; give the folder of a run. It is "
+                            f"trained by: {' && '.join(config.train)}")  # fmt: skip
+    try:
+        if Path(checkpoint).is_dir():
+            model = timm.create_model(f"local-dir:{checkpoint}", pretrained=True, **config.model_args)
+        elif Path(checkpoint).is_file():
+            model = timm.create_model(config.architecture, **config.model_args)
+            if not isinstance(model, MAR):
+                raise CollapseError(f"checkpoint: only a generator can be read from a file alone, got {checkpoint!r}")
+            load_mar_weights(model, checkpoint)
+        elif timm.is_model_pretrained(checkpoint):
+            model = timm.create_model(checkpoint, pretrained=True, **config.model_args)
+        else:
+            raise CollapseError(f"checkpoint: {checkpoint!r} is neither a folder, a file, nor a model with weights")
+    except CollapseError:
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise CollapseError(f"checkpoint: {checkpoint!r} could not be loaded: {error}") from error
+    found = model.pretrained_cfg["architecture"]
+    if found != config.architecture:
+        raise CollapseError(f"checkpoint: {checkpoint!r} is a {found}, {config.name} is a {config.architecture}")
+    return model.eval()
+
+
+def publish_folder(
+    config: HubConfig, folder: str | Path, repo_id: str, checkpoint: str | Path = "", half: bool | None = None
+) -> Path:
+    """Write everything that goes to the Hub: what timm reads, orderer, order bank, recipe, and the card.
+
+    Args:
+        repo_id: Where it is going to be: the card's three lines name it, and transformers finds the orderer there.
+        half: Store fp16 weights; None: where the checkpoint's are.
+
+    Raises:
+        CollapseError: As `load_checkpoint`.
+    """
+    folder, checkpoint = Path(folder), checkpoint or config.checkpoint
+    model = load_checkpoint(config, checkpoint)
+    model.pretrained_cfg = {**model.pretrained_cfg, **config.pretrained_cfg, "license": config.license}
+    save_model(model, folder, half=half, whole=True)
+    if (folder / ORDERER_FOLDER).is_dir():
+        _name_orderer(folder / CONFIG_FILE, f"hf-hub:{repo_id}/{ORDERER_FOLDER}")
+        if isinstance(model, Collapsed):
+            update_model_args(model, orderer=f"hf-hub:{repo_id}/{ORDERER_FOLDER}")
+    recipe = _recipe_of(checkpoint)
+    if recipe is not None:
+        shutil.copyfile(recipe, folder / RECIPE_FILE)
+    write_card(config, model, folder, repo_id, json.loads(recipe.read_text()) if recipe else {})
+    return folder
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str = "Upload model",
+    create_pr: bool = False,
+    token: str | None = None,
+) -> str:
+    """Upload a folder, as one commit: either all of it is there, or nothing.
+
+    Large files go first; those that are already there are not sent again, so an interrupted upload goes on where it was
+    when it is run again.
+
+    Args:
+        folder: What `publish_folder` or `save_model` wrote.
+        repo_id: "ME/NAME"; made if there is none.
+        revision: Branch, made if there is none; None for main.
+        create_pr: Open a pull request instead.
+        token: None takes the one that `hf auth login` stored, or HF_TOKEN.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        CollapseError: No model in the folder, a bad name, no permission, or a connection that fails for good.
+    """
+    from huggingface_hub import HfApi
+
+    if not (Path(folder) / CONFIG_FILE).is_file():
+        raise CollapseError(f"folder: {str(folder)!r} holds no saved model ({CONFIG_FILE} is missing)")
+    api = HfApi(token=token, library_name="timm-collapse")
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr
+        )
+    except Exception as error:  # the Hub's own, the system's, and those of whatever HTTP library it uses
+        raise CollapseError(_explain(error, api.endpoint, repo_id)) from error
+    return commit.pr_url or commit.commit_url
+
+
+def _explain(error: Exception, endpoint: str, repo_id: str) -> str:
+    """One line: what failed, and what to do about it."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    if status in (401, 403):
+        advice = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+    elif isinstance(error, ValueError) and status is None:
+        advice = "a repository is named 'ME/NAME'"
+    else:
+        advice = "nothing of it is visible there; run the same command again, what was sent is not sent twice"
+    return f"repo_id: {repo_id!r} could not be written at {endpoint} ({reason}): {advice}"
+
+
+def _name_orderer(config_file: Path, reference: str) -> None:
+    config = json.loads(config_file.read_text())
+    config["model_args"]["orderer"] = reference
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _recipe_of(checkpoint: str | Path) -> Path | None:
+    """The recipe beside a checkpoint."""
+    path = Path(checkpoint)
+    if not path.exists():  # a registered name
+        cfg = timm.get_pretrained_cfg(str(checkpoint))
+        path = Path(cfg.file) if cfg and cfg.file else path
+    recipe = (path if path.is_dir() else path.parent) / RECIPE_FILE
+    return recipe if recipe.is_file() else None
