@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .images import load_photo, photo_tensor
@@ -47,7 +48,7 @@ def load_generator(name: str) -> MAR:
         model = timm.create_model(f"local-dir:{path}" if path.is_dir() else name, pretrained=True)
     except CollapseError:
         raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, AssertionError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError, AssertionError) as error:
         raise CollapseError(f"model: {name!r} could not be loaded: {error or type(error).__name__}") from error
     if not isinstance(model, MAR):
         raise CollapseError(f"model: {name!r} is no generator, but a {type(model).__name__}")

@@ -17,6 +17,7 @@ from ..plots_generation import plot_samples
 CREDIT = "Photos: scikit-learn's flower.jpg (vultilion) and china.jpg (T. Liu), CC BY 2.0"
 MAX_TOKENS = 256
 """No picture is generated with more: it would take minutes."""
+DIFFUSION_STEPS = 25
 
 
 class Picture(NamedTuple):
@@ -64,13 +65,13 @@ def _samples(model: MAR, folder: Path) -> Picture | None:
     except (CollapseError, ImportError):  # a VAE that is not here
         return None
     classes = range(min(model.num_classes, 10)) if model.num_classes else [0]
-    labels = [label for label in classes for _ in range(8)]
+    labels = [label for label in classes for _ in range(4)]
     generator = torch.Generator().manual_seed(0)
     latents = model.generate(
         labels, min(16, model.seq_len), guidance_scale=2.0 if model.num_classes else 1.0, guidance_schedule="constant",
-        generator=generator,
+        generator=generator, diffusion_steps=DIFFUSION_STEPS,
     )  # fmt: skip
-    save(plot_samples(codec.decode(latents), labels if model.num_classes else None), folder / "samples.png")
+    save(plot_samples(codec.decode(latents), labels if model.num_classes else None, columns=4), folder / "samples.png")
     order = "collapse orders of its bank" if model.bank else "random orders"
     return Picture("samples.png", f"Samples, not selected: seed 0, 16 steps, guidance 2, {order}; a row a class.")
 

@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import timm
+from safetensors import SafetensorError
 from timm.models._input import update_model_args
 from torch import nn
 
 from ..models import MAR, Collapsed
 from ..models.mar_checkpoints import load_mar_weights
-from ..models.sources import CONFIG_FILE, ORDERER_FOLDER
+from ..models.sources import CONFIG_FILE, ORDERER_FOLDER, explain, http_status
 from ..order import CollapseError
 from .card import write_card
 from .config import HubConfig
@@ -49,7 +50,7 @@ def load_checkpoint(config: HubConfig, checkpoint: str | Path = "") -> nn.Module
             raise CollapseError(f"checkpoint: {checkpoint!r} is neither a folder, a file, nor a model with weights")
     except CollapseError:
         raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CollapseError(f"checkpoint: {checkpoint!r} could not be loaded: {error}") from error
     found = model.pretrained_cfg["architecture"]
     if found != config.architecture:
@@ -124,22 +125,21 @@ def push(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr
         )
     except Exception as error:  # the Hub's own, the system's, and those of whatever HTTP library it uses
-        raise CollapseError(_explain(error, api.endpoint, repo_id)) from error
+        raise CollapseError(_advise(error, api.endpoint, repo_id)) from error
     return commit.pr_url or commit.commit_url
 
 
-def _explain(error: Exception, endpoint: str, repo_id: str) -> str:
+def _advise(error: Exception, endpoint: str, repo_id: str) -> str:
     """One line: what failed, and what to do about it."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-    if status in (401, 403):
+    from huggingface_hub.errors import HFValidationError
+
+    if http_status(error) in (401, 403):
         advice = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
-    elif isinstance(error, ValueError) and status is None:
+    elif isinstance(error, HFValidationError):
         advice = "a repository is named 'ME/NAME'"
     else:
         advice = "nothing of it is visible there; run the same command again, what was sent is not sent twice"
-    return f"repo_id: {repo_id!r} could not be written at {endpoint} ({reason}): {advice}"
+    return f"repo_id: {repo_id!r} could not be written at {endpoint} ({explain(error)}): {advice}"
 
 
 def _name_orderer(config_file: Path, reference: str) -> None:

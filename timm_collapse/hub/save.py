@@ -17,8 +17,7 @@ from torch import nn
 
 from ..models import MAR, Collapsed, CollapseOrder
 from ..models.cmar import BANK_FILE
-from ..models.orderer import SETTINGS_FILE
-from ..models.sources import ORDERER_FOLDER, WEIGHTS_FILE
+from ..models.sources import CONFIG_FILE, ORDERER_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
 from ..order import CollapseError
 
 
@@ -49,6 +48,8 @@ def save_model(
         save_orderer(model.orderer, folder / ORDERER_FOLDER, half)
         update_model_args(model, orderer=f"./{ORDERER_FOLDER}")
     save_for_hf(model, str(folder), model_args=getattr(model, "model_args", None) or None, safe_serialization=True)
+    if isinstance(model, Collapsed):
+        _drop_num_classes(folder / CONFIG_FILE)
     if half or half is None and fits_half(model):
         state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
         save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE)
@@ -78,6 +79,13 @@ def save_orderer(orderer: CollapseOrder, folder: str | Path, half: bool | None =
 def fits_half(model: nn.Module) -> bool:
     """Whether all weights are fp16 numbers, as those are that were read from an fp16 file."""
     return all(torch.equal(v, v.half().to(v)) for v in model.state_dict().values() if v.is_floating_point())
+
+
+def _drop_num_classes(config_file: Path) -> None:
+    """timm writes num_classes twice; transformers' timm wrapper takes it from the top and stumbles over the other."""
+    config = json.loads(config_file.read_text())
+    config["model_args"].pop("num_classes", None)
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _needs_its_orderer(model: Collapsed, whole: bool) -> bool:

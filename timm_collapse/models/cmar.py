@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 
 from .mar import MAR
 from .registry import build, pixel_cfg
@@ -59,10 +59,8 @@ def _mar(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[
         kwargs.setdefault("class_num", num_classes)
     model = build(MAR, variant, pretrained, defaults, kwargs)
     model.num_classes = 0 if model.class_emb is None else model.class_emb.num_embeddings
-    if pretrained:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        if bank := find_beside(cfg, BANK_FILE, kwargs.get("cache_dir")):
-            model.load_bank(bank)
+    if pretrained and (bank := find_beside(PretrainedCfg(**model.pretrained_cfg), BANK_FILE, kwargs.get("cache_dir"))):
+        model.load_bank(bank)
     return model
 
 

@@ -16,15 +16,14 @@ from timm.models import (
     model_entrypoint,
     register_model,
 )
-from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from timm.models._input import update_model_args
 from torch import nn
 
 from .collapse import collapse
 from .orderer import CollapseOrder
-from .registry import pixel_cfg
-from .sources import ORDERER_FOLDER, check_weights, find_orderer
+from .registry import pixel_cfg, take_pretrained_cfg
+from .sources import ORDERER_FOLDER, find_orderer, local_weights
 
 BASES = {
     "cvit_tiny_patch16": "vit_tiny_patch16_224",
@@ -85,13 +84,13 @@ def _cvit(
     """
     options = {"orderer": orderer, "keep": keep, "remainder": remainder, "coarse_share": coarse_share}
     options = {key: kwargs.pop(key, value) for key, value in options.items()}
-    cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
-    if pretrained:
-        check_weights(name, cfg, kwargs.get("cache_dir"))
+    cfg = take_pretrained_cfg(name, kwargs)
+    source = local_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else cfg
     reference = options["orderer"]
     options["orderer"] = load_orderer(reference, cfg, kwargs.get("cache_dir"))
-    model = model_entrypoint(base or BASES[name])(pretrained, pretrained_cfg=cfg, **{**shape, **kwargs})
+    model = model_entrypoint(base or BASES[name])(pretrained, pretrained_cfg=source, **{**shape, **kwargs})
     vit = model.model if isinstance(model, FeatureGetterNet) else model  # features_only
+    vit.pretrained_cfg = vit.default_cfg = cfg.to_dict()
     # save_for_hf writes these; `collapse` and `keep` keep them up to date
     vit._model_args = options | {"orderer": reference}
     collapse(vit, mean=cfg.mean, std=cfg.std, **options)
@@ -185,14 +184,14 @@ def cvit_base_patch16_siglip(pretrained: bool = False, **kwargs) -> nn.Module:
 def cvit_tiny_patch8_64(pretrained: bool = False, **kwargs) -> nn.Module:
     """Width 192, 6 blocks, 8 x 8 patches of 8 px: for 64 px images."""
     orderer = "collapse_ranker_tiny.tin100_features"
-    return _small("cvit_tiny_patch8_64", pretrained, kwargs, orderer, img_size=64, patch_size=8, num_classes=100)
+    return _small("cvit_tiny_patch8_64", pretrained, kwargs, orderer, img_size=64, patch_size=8)
 
 
 @register_model
 def cvit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
     """Width 192, 6 blocks, 8 x 8 patches of 4 px: for 32 px images."""
     orderer = "collapse_ranker_tiny.cifar10_features"
-    return _small("cvit_tiny_patch4_32", pretrained, kwargs, orderer, img_size=32, patch_size=4, num_classes=10)
+    return _small("cvit_tiny_patch4_32", pretrained, kwargs, orderer, img_size=32, patch_size=4)
 
 
 def _small(name: str, pretrained: bool, kwargs: dict[str, Any], orderer: str, **shape: Any) -> nn.Module:

@@ -8,16 +8,14 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..order import BASELINES, RANKINGS, CollapseError, Order, baseline_scores, check_grid, check_images, rank_graph
 from .comae import CoMAE
 from .ranker import Ranker
-from .sources import CONFIG_FILE, WEIGHTS_FILE, bundled_models, download, find_file
+from .sources import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, bundled_models, download, find_file
 from .tokenizer import resize_images
-
-SETTINGS_FILE = "orderer.json"
-"""Beside the weights of a saved orderer: how it ranks."""
 
 
 class CollapseOrder(nn.Module):
@@ -51,8 +49,10 @@ class CollapseOrder(nn.Module):
         if not isinstance(model, (CoMAE, Ranker)):
             raise CollapseError(f"model: expected a CoMAE, a Ranker or a baseline's name, got {type(model).__name__}")
         self.model = model.eval().requires_grad_(False)
+        # transformers would give weights that are in none of its files random values; it empties buffers, too, and has
+        # those of timm's modules made again where a module does not say that it is ready
         for part in (*model.modules(), *model.parameters()):
-            part._is_hf_initialized = True  # transformers would give weights that are in no file random values
+            part._is_hf_initialized = not getattr(part, "_non_persistent_buffers_set", None)
         self.grid = model.grid
         cfg = getattr(model, "pretrained_cfg", {})
         self.mean, self.std = tuple(cfg.get("mean", (0.5,) * 3)), tuple(cfg.get("std", (0.5,) * 3))
@@ -98,7 +98,7 @@ class CollapseOrder(nn.Module):
                 model = timm.create_model(source, pretrained=True)
         except CollapseError:
             raise
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise CollapseError(f"name: {name!r} could not be loaded: {error or type(error).__name__}") from error
         return cls(model, **{**saved, **kwargs})
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from ..order import CollapseError
-from .sources import WEIGHTS, check_weights
+from .sources import WEIGHTS, local_weights
 
 TIN_MEAN, TIN_STD = (0.480, 0.448, 0.398), (0.277, 0.269, 0.282)
 
@@ -32,6 +32,13 @@ def pixel_cfg(
     return cfg
 
 
+def take_pretrained_cfg(variant: str, kwargs: dict[str, Any]) -> PretrainedCfg:
+    """The configuration that `create_model`'s arguments give, or the registered one; taken out of the arguments."""
+    return resolve_pretrained_cfg(
+        variant, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    )
+
+
 def build(cls: type[nn.Module], variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]):
     """Build a registered model: the architecture's defaults, overridden by the caller's arguments."""
     arguments = {**defaults, **kwargs}
@@ -41,12 +48,12 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, defaults: dict[s
         arguments["img_size"] = size[0]
     if arguments.get("in_chans", 3) != 3:
         raise CollapseError(f"in_chans: only RGB (3) is supported, got {arguments['in_chans']}")
-    if pretrained:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        check_weights(variant, cfg, kwargs.get("cache_dir"))
+    cfg = take_pretrained_cfg(variant, arguments)
+    arguments["pretrained_cfg"] = local_weights(variant, cfg, arguments.get("cache_dir")) if pretrained else cfg
     model = build_model_with_cfg(
         cls, variant, pretrained, kwargs_filter=("num_classes", "global_pool", "in_chans"), **arguments
     )
+    model.pretrained_cfg = model.default_cfg = cfg.to_dict()
     model.num_classes = model.num_features = 0
     # save_for_hf writes these into config.json, so that local-dir: and hf-hub: rebuild the same shape
     model.model_args = {k: v for k, v in kwargs.items() if not k.startswith("pretrained") and k != "cache_dir"}

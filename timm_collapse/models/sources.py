@@ -1,13 +1,14 @@
 """Where pretrained weights come from: checked downloads from the Hub, and the files that lie beside the weights.
 
-timm loads weights by itself; what is here runs before it, so that a wrong or missing file is one clear error, and
-nothing is ever unpickled: of a Hub repository only safetensors are taken.
+What is here runs before timm loads, so that a wrong or missing file is one clear error, and nothing is ever unpickled:
+of a Hub repository only safetensors are taken.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from timm.models import PretrainedCfg
@@ -18,8 +19,12 @@ WEIGHTS = Path(__file__).parent / "weights"
 """Bundled weights: one folder `<architecture>.<tag>` each, in the layout that timm's `local-dir:` reads."""
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+SETTINGS_FILE = "orderer.json"
+"""Beside the weights of a saved orderer: how it ranks."""
 ORDERER_FOLDER = "orderer"
 """Beside the weights of a collapsed model: its orderer, a saved model of its own."""
+ATTEMPTS = 3
+"""Downloads of one file, where what came was damaged or the connection broke; the client retries by itself, too."""
 
 
 def download(repo: str, filename: str, cache_dir: str | Path | None = None) -> Path:
@@ -35,43 +40,42 @@ def download(repo: str, filename: str, cache_dir: str | Path | None = None) -> P
             another than its hash says.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     name, _, revision = repo.partition("@")
-    for again in (False, True):
+    for attempt in range(ATTEMPTS):
         try:
             file = Path(
                 hf_hub_download(
-                    name,
-                    filename,
-                    revision=revision or None,
-                    cache_dir=cache_dir,
-                    force_download=again,
-                    library_name="timm-collapse",
-                )  # fmt: skip
+                    name, filename, revision=revision or None, cache_dir=cache_dir, library_name="timm-collapse"
+                )
             )
         except Exception as error:  # the Hub's own, the system's, and those of whatever HTTP library it uses
-            raise _unavailable(repo, filename, error) from error
+            answered = isinstance(error, (HfHubHTTPError, EntryNotFoundError, HFValidationError))
+            if answered or attempt == ATTEMPTS - 1:
+                raise _unavailable(repo, filename, error) from error
+            continue  # the connection broke, or less came than was announced
         if is_intact(file):
             return file
-        blob = file.resolve()
-        file.unlink()
-        blob.unlink(missing_ok=True)  # else the cache would hold it for good
+        file.resolve().unlink()  # else the cache would hold it for good
+        file.unlink(missing_ok=True)
     raise CollapseError(
-        f"pretrained: {filename} of {repo!r} is damaged: twice its content did not have the hash that the Hub gives it"
+        f"pretrained: {filename} of {repo!r} is damaged: {ATTEMPTS} times its content did not have the hash that the "
+        "Hub gives it"
     )
 
 
 def find_file(repo: str, filename: str, cache_dir: str | Path | None = None) -> Path | None:
-    """As `download`; None where the repository has no such file.
-
-    Offline, a file that was never asked for cannot be told from one that does not exist.
-    """
-    from huggingface_hub.utils import EntryNotFoundError
+    """As `download`; None where the repository has no such file, also if only the cache remembers that."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
         return download(repo, filename, cache_dir)
     except CollapseError as error:
-        if isinstance(error.__cause__, EntryNotFoundError):
+        name, _, revision = repo.partition("@")
+        cached = try_to_load_from_cache(name, filename, cache_dir, revision or None)
+        if isinstance(error.__cause__, RemoteEntryNotFoundError) or cached is _CACHED_NO_EXIST:
             return None
         raise
 
@@ -100,8 +104,8 @@ def hub_source(cfg: PretrainedCfg) -> str:
     return "" if elsewhere else cfg.hf_hub_id or ""
 
 
-def check_weights(architecture: str, cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> None:
-    """Fetch and check the weights that timm is going to load; nothing to do for local ones.
+def local_weights(architecture: str, cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> PretrainedCfg:
+    """The configuration with its weights on disk: fetched from the Hub, and checked; local ones stay where they are.
 
     Raises:
         CollapseError: As `download`; also where the repository has only pickled weights, or the architecture none.
@@ -111,8 +115,10 @@ def check_weights(architecture: str, cfg: PretrainedCfg, cache_dir: str | Path |
             f"pretrained: {architecture} has no published weights; use pretrained=False, or a saved folder as "
             f"'local-dir:FOLDER'; bundled are {', '.join(bundled_models())}"
         )
-    if repo := hub_source(cfg):
-        download(repo, str(Path(cfg.hf_hub_filename or WEIGHTS_FILE).with_suffix(".safetensors")), cache_dir)
+    if not (repo := hub_source(cfg)):
+        return cfg
+    file = download(repo, str(Path(cfg.hf_hub_filename or WEIGHTS_FILE).with_suffix(".safetensors")), cache_dir)
+    return replace(cfg, file=str(file), source="", custom_load=False)
 
 
 def find_beside(cfg: PretrainedCfg, filename: str, cache_dir: str | Path | None = None) -> Path | None:
@@ -126,12 +132,13 @@ def find_beside(cfg: PretrainedCfg, filename: str, cache_dir: str | Path | None 
 
 
 def find_orderer(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path | None:
-    """The folder of the orderer beside the weights of a collapsed model."""
+    """The folder of the orderer beside the weights of a collapsed model; all its files are there."""
     config = find_beside(cfg, f"{ORDERER_FOLDER}/{CONFIG_FILE}", cache_dir)
     if config is None:
         return None
     if find_beside(cfg, f"{ORDERER_FOLDER}/{WEIGHTS_FILE}", cache_dir) is None:
         raise CollapseError(f"orderer: {config.parent} has a {CONFIG_FILE}, but no {WEIGHTS_FILE}")
+    find_beside(cfg, f"{ORDERER_FOLDER}/{SETTINGS_FILE}", cache_dir)
     return config.parent
 
 
@@ -140,16 +147,30 @@ def bundled_models() -> list[str]:
     return sorted(folder.name for folder in WEIGHTS.iterdir() if folder.is_dir())
 
 
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status that an exception of the Hub's client, or the cause that it wraps, came from."""
+    found = [getattr(getattr(one, "response", None), "status_code", None) for one in (error, error.__cause__)]
+    return next(filter(None, found), None)
+
+
+def explain(error: BaseException) -> str:
+    """An exception of the Hub's client in one line: what happened, behind what it says of it."""
+    cause = error.__cause__ or error
+    lines = [line for line in str(cause).strip().splitlines() if line and not line.startswith("(Request ID")]
+    status = http_status(error)
+    names = [type(error).__name__] + [type(cause).__name__] * (cause is not error)
+    return f"{' from '.join(names)}{f', HTTP {status}' * bool(status)}: {lines[0] if lines else 'no message'}"
+
+
 def _unavailable(repo: str, filename: str, error: Exception) -> CollapseError:
     from huggingface_hub import constants
 
-    lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     if constants.HF_HUB_OFFLINE:
         place = "the local cache (HF_HUB_OFFLINE is set)"
     else:
         place = f"{constants.ENDPOINT} and the local cache"
     return CollapseError(
-        f"pretrained: {filename} of {repo!r} could not be had; looked for in {place}: {reason}. Without a download: "
-        f"pretrained=False, a saved folder as 'local-dir:FOLDER', or a bundled model: {', '.join(bundled_models())}"
+        f"pretrained: {filename} of {repo!r} could not be had; looked for in {place}: {explain(error)}. Without a "
+        f"download: pretrained=False, a saved folder as 'local-dir:FOLDER', or a bundled model: "
+        f"{', '.join(bundled_models())}"
     )

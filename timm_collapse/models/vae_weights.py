@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..order import CollapseError
+from .sources import download
+
+DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 def load_vae(vae: nn.Module | str) -> nn.Module:
@@ -128,13 +132,14 @@ def _from_diffusers(name: str) -> nn.Module:
     where = f"the folder {name!r}" if local else f"{name!r}, no local folder, on the Hub (offline: in its cache)"
     looked = f"vae: looked for an AutoencoderKL in diffusers' layout (config.json and its weights) in {where}"
     try:
+        if not local:  # checked, and nothing that would have to be unpickled
+            download(name, DIFFUSERS_CONFIG)
+            name = str(download(name, DIFFUSERS_WEIGHTS).parent)
         found = cls.load_config(name).get("_class_name", "a model of another library")
         if found != cls.__name__:
-            raise CollapseError(f"{looked}, found {found}")
+            raise CollapseError(f"found {found}")
         vae, report = cls.from_pretrained(name, output_loading_info=True)
-    except CollapseError:
-        raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CollapseError(f"{looked}: {error or type(error).__name__}") from error
     if report["missing_keys"]:
         raise CollapseError(f"{looked}, but its weights lack {_few(report['missing_keys'])}")
