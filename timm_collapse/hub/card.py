@@ -22,6 +22,7 @@ CITATIONS = """```bibtex
   year={2025}
 }
 ```"""
+FOLDED = r"<details><summary>The command that measured this</summary>\n\n\1\n\n</details>"
 MAR_CITATION = """```bibtex
 @article{li2024autoregressive,
   title={Autoregressive Image Generation without Vector Quantization},
@@ -46,8 +47,8 @@ def write_card(config: HubConfig, model: nn.Module, folder: Path, repo_id: str, 
         config.summary,
         _facts(model, config),
         _use(config, model, repo_id),
-        _measured(config, accuracies),
         _shown(picture),
+        _measured(config, accuracies),
         _training(config, recipe),
         "## Citation\n\n" + "\n\n".join([CITATIONS] + [MAR_CITATION] * isinstance(model, MAR)),
     ]
@@ -118,14 +119,17 @@ def _orderer_of(model: Collapsed) -> str:
 def _use(config: HubConfig, model: nn.Module, repo_id: str) -> str:
     create = f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()'
     if isinstance(model, MAR):
-        labels = "[0] * 4" if model.num_classes == 0 else "[0, 1, 2, 3]"
+        labels = "[0, 1, 2, 3]" if model.num_classes else "[0] * 4"
+        guided = ', guidance_scale=3.0, guidance_schedule="constant"' if model.num_classes else ""
         lines = [
             "import timm, timm_collapse",
             create,
-            f"images = model.codec().decode(model.generate({labels}, steps=16))  # (4, 3, H, W) in [0, 1]",
+            f"latents = model.generate({labels}, steps=16{guided})",
+            "images = model.codec().decode(latents)  # (4, 3, H, W) in [0, 1]",
         ]
-        every = "--labels all " if model.num_classes else ""
-        more = f"```bash\ntimm-collapse generate hf-hub:{repo_id} {every}--out samples.png\n```"
+        options = "--labels all --guidance-scale 3 --guidance-schedule constant " if model.num_classes else ""
+        command = f"timm-collapse generate hf-hub:{repo_id} --per-label 8 --steps 16 {options}--out samples.png"
+        more = f"```bash\n{command}\n```"
     elif isinstance(model, Collapsed):
         lines = [
             "import timm, timm_collapse",
@@ -156,7 +160,8 @@ def _measured(config: HubConfig, accuracies: dict[float, float]) -> str:
     for name in config.results:
         section = read_section(name, config.folder.parent / RESULTS)
         if section:
-            parts.append(re.sub("^### ", "#### ", section, flags=re.MULTILINE))
+            section = re.sub("^### ", "#### ", section, flags=re.MULTILINE)
+            parts.append(re.sub("^(Command: .*)$", FOLDED, section, flags=re.MULTILINE))
     return "## Measured\n\n" + "\n\n".join(parts) if parts else ""
 
 
