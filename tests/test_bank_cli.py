@@ -9,7 +9,8 @@ import torch
 
 from timm_collapse import ClassOrderBank, CollapseError, CollapseOrder, Order
 from timm_collapse.bank_cli import declare_bank, run_bank
-from timm_collapse.data import OrderTable, eval_transform, labels_of, open_dataset
+from timm_collapse.data import eval_transform, labels_of, open_dataset
+from timm_collapse.order_dataset_cli import declare_order_dataset, run_order_dataset
 from timm_collapse.plots_generation import plot_bank
 
 
@@ -55,7 +56,7 @@ def test_a_bank_of_digits_with_its_picture(run):
               "--per-class", 999, "--batch-size", 50, "--plot", "a.png")  # fmt: skip
     bank = ClassOrderBank.load("a.safetensors")
     assert_bank_of(bank, *reference("validation"))
-    assert bank.source == "digits validation  360 images, mirrored, by variance"
+    assert bank.source == "digits validation, 360 images, mirrored, by variance"
     assert "720 orders of 4 x 4 patches, 10 classes" in out and "bank: a.safetensors" in out and "picture: a.png" in out
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in Path().iterdir()) == ["a.png", "a.safetensors"]
@@ -90,12 +91,16 @@ def test_the_ranker_is_the_default_and_precision_changes_little(run):
 
 @pytest.fixture
 def table(tmp_path):
-    """The orders of digits' validation split, as train/cvit.py writes them."""
-    dataset, orderer = open_dataset("digits", "validation").dataset, CollapseOrder.baseline("variance")
-    transform = eval_transform(64, (0.5,) * 3, (0.5,) * 3)
-    made = OrderTable.build(lambda images: orderer(images, grid=(4, 4)), dataset, transform, "a test", quiet=True)
-    made.save(tmp_path / "table.safetensors")
-    return tmp_path / "table.safetensors"
+    """The orders of digits' validation split, as order-dataset writes them."""
+    order_dataset(tmp_path / "table", "--split", "validation")
+    return tmp_path / "table"
+
+
+def order_dataset(folder, *argv):
+    parser = argparse.ArgumentParser()
+    declare_order_dataset(parser)
+    quick = ["--dataset", "digits", "--workers", 0, "--device", "cpu", "--model", "variance", "--grid", 4, 4]
+    run_order_dataset(parser.parse_args([str(each) for each in (*quick, "--out", folder, *argv)]))
 
 
 def test_an_order_table_gives_the_same_bank(run, table):
@@ -103,10 +108,22 @@ def test_an_order_table_gives_the_same_bank(run, table):
     run(*common)
     bank = ClassOrderBank.load("bank.safetensors")
     assert_bank_of(bank, *reference("validation")) and str(table.parent) not in bank.source
-    assert bank.source.endswith("by the table of a test")
+    assert bank.source == "digits validation, 360 images, mirrored, by variance"
     run(*common, "--no-mirror", "--images", 180, "--grid", 8, 8, "--batch-size", 77)
     order, labels = reference("validation", mirror=False, every=2)
     assert_bank_of(ClassOrderBank.load("bank.safetensors"), order.resample((8, 8)), labels)
+
+
+def test_an_order_table_needs_no_data_set(table, tmp_path):
+    parser = argparse.ArgumentParser()
+    declare_bank(parser)
+    out = str(tmp_path / "bank.safetensors")
+    run_bank(parser.parse_args(["--order-table", str(table), "--per-class", "999", "--out", out]))
+    bank = ClassOrderBank.load(out)
+    assert_bank_of(bank, *reference("validation"))
+    assert bank.source == "digits validation, 360 images, mirrored, by variance"
+    with pytest.raises(CollapseError, match="--dataset must be given, or --order-table"):
+        run_bank(parser.parse_args(["--out", out]))
 
 
 @pytest.mark.parametrize(
@@ -135,17 +152,17 @@ def test_wrong_arguments(run, arguments, message):
     assert message in str(error.value) and not list(Path().iterdir())
 
 
-def test_wrong_tables(run, table):
-    with pytest.raises(CollapseError, match=r"--order-table: .* orders of 360 images .*, the data set has 1437"):
+def test_wrong_tables(run, table, tmp_path):
+    with pytest.raises(CollapseError, match=r"order_table: .* orders of 360 images, the data set has 1437"):
         run("--order-table", table)
     run("--model", "bayer", "--grid", 2, 2, "--images", 10)
-    with pytest.raises(CollapseError, match="--order-table: bank.safetensors is no table of orders"):
+    with pytest.raises(CollapseError, match="order_table: bank.safetensors is no folder of orders; make it again with"):
         run("--order-table", "bank.safetensors")
-    Path("text").write_text("nonsense")
-    with pytest.raises(CollapseError, match="--order-table: text is no table of orders"):
-        run("--order-table", "text")
-    with pytest.raises(OSError):
+    with pytest.raises(CollapseError, match="order_table: there is no folder missing"):
         run("--order-table", "missing")
+    order_dataset(tmp_path / "one side", "--split", "validation", "--no-mirror")
+    with pytest.raises(CollapseError, match="mirrored is False, not True"):
+        run("--order-table", tmp_path / "one side", "--split", "validation")
 
 
 def test_plot_draws_the_mean_ranks_of_the_first_classes():

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from timm_collapse.engine import Run, TrainArgs, parse_args
+from timm_collapse.engine.draws import Draws
+from timm_collapse.engine.ema import Ema
 from timm_collapse.order import CollapseError
 
 ROOT = Path(__file__).parent.parent
@@ -60,10 +62,9 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["reconstructor.py", "comae.py"])
-def test_two_processes_train_as_one_with_twice_the_batch(script, tmp_path):
-    train(script, tmp_path / "one", "--steps", "6", "--batch_size", "8", "--ema", "0")
-    train(script, tmp_path / "two", "--steps", "6", "--batch_size", "4", "--ema", "0", processes=2)
+def test_two_processes_train_as_one_where_steps_leave_parameters_without_gradient(tmp_path):
+    train("comae.py", tmp_path / "one", "--steps", "6", "--batch_size", "8", "--ema", "0")
+    train("comae.py", tmp_path / "two", "--steps", "6", "--batch_size", "4", "--ema", "0", processes=2)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         assert torch.allclose(one[name], two[name], atol=2e-4), name
@@ -135,6 +136,69 @@ def test_resume_with_other_arguments_is_refused(tmp_path):
     with pytest.raises(CollapseError, match="lr 0.001 -> 0.5"):
         run(tmp_path, steps=2, lr=0.5)
     assert run(tmp_path, steps=3, log_every=1).done == 2  # longer, or logged otherwise: allowed
+    assert run(tmp_path, steps=3, batch_size=1, grad_accum=2).done == 2  # the same images a step
+    with pytest.raises(CollapseError, match="images a step 2 -> 4"):
+        run(tmp_path, steps=3, grad_accum=2)
+
+
+def test_draws_of_processes_are_those_of_one_and_of_accumulated_micro_steps():
+    def drawn(batch: int, world: int, number: int):
+        ranks = [Draws(seed=3, rank=rank, world=world) for rank in range(world)]
+        for draws in ranks:
+            draws.restart(number)
+        parts = [[d.rand(batch), d.randn(batch, 2, 5), d.rand(batch, 3)] for d in ranks]
+        assert len({(d.uniform(), d.randint(0, 1000)) for d in ranks}) == 1
+        return [torch.cat(each) for each in zip(*parts)]
+
+    one = drawn(8, 1, 5)
+    for batch, world in ((4, 2), (1, 8)):
+        assert all(torch.equal(a, b) for a, b in zip(one, drawn(batch, world, 5)))
+    first, second = drawn(4, 1, 10), drawn(4, 1, 11)
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(one, zip(first, second)))
+    assert not torch.equal(one[0], one[2][:, 0])  # a draw goes on where the one before ended
+
+
+def test_draws_of_neighbouring_samples_are_independent():
+    draws = Draws(seed=0, rank=0, world=1)
+    uniform, normal = draws.rand(4000, 8), draws.randn(4000, 64)
+    assert uniform.min() >= 0 and uniform.max() < 1
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01) and normal.std().item() == pytest.approx(1, abs=0.01)
+    for x in (uniform, normal):
+        x = (x - x.mean()) / x.std()
+        assert abs((x[1:] * x[:-1]).mean()) < 0.02 and abs((x[2:] * x[:-2]).mean()) < 0.02
+    draws.restart(1)
+    assert not torch.equal(draws.rand(4000, 8), uniform)
+
+
+def test_moving_average_is_timms():
+    from timm.utils import ModelEmaV3
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    mine, timms = Ema(model, 0.6), ModelEmaV3(model, decay=0.6, use_warmup=True)
+    for step in range(1, 9):
+        model(torch.randn(5, 3))  # moves the statistics, and an integer count
+        for parameter in model.parameters():
+            parameter.data += torch.randn_like(parameter)
+        mine.update(model, step)
+        timms.update(model, step=step)
+        for name, value in timms.module.state_dict().items():
+            assert torch.allclose(mine.state[name], value), (step, name)
+
+
+def test_finish_gives_the_averaged_model_without_what_training_wrapped_around_it(tmp_path):
+    training = run(tmp_path, lr=0.1)
+    for images, _ in training:
+        training.step(training.model(images))
+    model = training.finish()
+    assert type(model) is Parabola and not model.training and "forward" not in vars(model)
+    assert torch.equal(model.weight, training.ema.state["weight"]) and model.weight.requires_grad
+    assert not torch.equal(model.weight, training.bare.weight)
+
+
+def test_precision_is_accelerates_where_none_is_given(monkeypatch):
+    assert TrainArgs().precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert (TrainArgs().precision, TrainArgs(precision="no").precision) == ("bf16", "no")
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path):

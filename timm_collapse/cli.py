@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import bank_cli, evaluate_cli, evaluate_generation_cli, generate_cli, latents_cli, publish_cli
+from . import bank_cli, evaluate_cli, evaluate_generation_cli, generate_cli, latents_cli, order_dataset_cli, publish_cli
 
 PIXELS_PER_PATCH = 16  # a grid of 14 x 14 stands for a photo of 224 x 224
 MAX_GRID = 128
@@ -189,6 +189,14 @@ COMMANDS = [
         summary="generated images against real ones",
         description=evaluate_generation_cli.DESCRIPTION,
         example=evaluate_generation_cli.EXAMPLE,
+    ),
+    Command(
+        "order-dataset",
+        order_dataset_cli.run_order_dataset,
+        order_dataset_cli.declare_order_dataset,
+        summary="the orders of a whole data set, by any number of processes",
+        description=order_dataset_cli.DESCRIPTION,
+        example=order_dataset_cli.EXAMPLE,
     ),
     Command(
         "order-bank",

@@ -23,12 +23,21 @@ from pathlib import Path
 
 import timm
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from timm_collapse import ClassOrderBank, CollapseError, CollapseOrder
-from timm_collapse.data import LatentCache, OrderTable, eval_transform, open_dataset
-from timm_collapse.engine import Run, TrainArgs, data_set_orders, parse_args, run_script
+from timm_collapse.data import LatentCache, OrderTable, describe_dataset, eval_transform, open_dataset
+from timm_collapse.engine import (
+    NoiseCodec,
+    Run,
+    TrainArgs,
+    data_set_orders,
+    note,
+    order_source,
+    parse_args,
+    part_for,
+    processes,
+    run_script,
+)
 from timm_collapse.hub import save_model
 from timm_collapse.models import MAR
 from timm_collapse.models.cmar import BANK_FILE
@@ -56,7 +65,7 @@ class Args(TrainArgs):
         metadata={"help": "Orderer: registered name, folder or baseline; random trains a MAR."},
     )
     order_table: str = field(
-        default="", metadata={"help": "File of the data set's orders, made if missing; empty: in output."}
+        default="", metadata={"help": "Folder of the data set's orders, made if missing; empty: in output."}
     )
     random_orders: float = field(default=0.1, metadata={"help": "Share of samples with a random order."})
     jitter: float = field(default=0.0, metadata={"help": "Plackett-Luce temperature of the orders, 0 for none."})
@@ -105,8 +114,9 @@ def main() -> None:
     if args.init:
         load_mar_weights(model, args.init, ema=args.init_ema)
     groups = parameter_groups(model, args.weight_decay)
+    images, dataset = len(dataset), part_for(args, dataset)
     cache = cached_latents(args, dataset, model)
-    run = Run(args, model, cache, identity, param_groups=groups)
+    run = Run(args, model, cache, identity, param_groups=groups, images=images)
     table = None if args.orderer == "random" else orders_of_dataset(args, run, dataset)
     labels, length = cache.labels, model.seq_len
     for records, index in run:
@@ -162,10 +172,12 @@ def identity(record: torch.Tensor) -> torch.Tensor:
 
 def cached_latents(args: Args, dataset, model: MAR) -> LatentCache:
     """The latents of the data set; every process encodes its share of the files."""
-    # without the flag a PartialState on CPU is not distributed, and all that follow share it
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = processes()
     folder = args.latents or str(Path(args.output) / "latents")
-    codec = model.codec()
+    made_up = args.dry_run and model.vae != "pixels"
+    if made_up:
+        note(f"latents are noise, the VAE {model.vae!r} is not loaded")
+    codec = NoiseCodec(model.latent_shape, model.img_size) if made_up else model.codec()
     if (codec.channels, model.img_size // codec.stride) != (model.latent_shape[0], model.latent_shape[1]):
         raise CollapseError(
             f"vae: {model.vae!r} has {codec.channels} channels and stride {codec.stride}, which does not give the "
@@ -183,12 +195,14 @@ def cached_latents(args: Args, dataset, model: MAR) -> LatentCache:
 def orders_of_dataset(args: Args, run: Run, dataset) -> OrderTable:
     """The orders of the training images on the model's grid, see `data_set_orders`."""
     orderer = CollapseOrder.named(args.orderer, args.seed).to(run.accelerator.device)
-    path = args.order_table or Path(args.output) / "orders.safetensors"
+    folder = args.order_table or Path(args.output) / "orders"
     size, grid = run.bare.img_size, run.bare.grid
-    images = f"{Path(args.dataset).name} {args.split} {args.part} {len(dataset)} {(size, size)}"
-    described = f"{images} {grid} {Path(args.orderer).name}"
+    described = describe_dataset(args.dataset, args.split, args.part)
+    source = order_source(described, len(dataset), (size, size), grid, args.orderer, orderer)
     transform = eval_transform(size, orderer.mean, orderer.std)
-    return data_set_orders(run, path, described, dataset, transform, orderer, lambda images: orderer(images, grid))
+    return data_set_orders(
+        run, folder, source, dataset, transform, orderer, lambda images: orderer(images, grid), args.mirror > 0
+    )
 
 
 if __name__ == "__main__":

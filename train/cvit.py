@@ -21,8 +21,16 @@ from timm.data import Mixup
 from timm.optim import param_groups_layer_decay
 
 from timm_collapse import CollapseError, collapse
-from timm_collapse.data import Indexed, OrderTable, eval_transform, labels_of, open_dataset, train_transform
-from timm_collapse.engine import Run, TrainArgs, data_set_orders, parse_args, run_script
+from timm_collapse.data import (
+    Indexed,
+    OrderTable,
+    describe_dataset,
+    eval_transform,
+    labels_of,
+    open_dataset,
+    train_transform,
+)
+from timm_collapse.engine import Run, TrainArgs, data_set_orders, order_source, parse_args, part_for, run_script
 from timm_collapse.evaluation import accuracy_curves, image_batches
 from timm_collapse.hub import save_model
 from timm_collapse.order import jitter_order, mix_random
@@ -60,8 +68,8 @@ class Args(TrainArgs):
     random_orders: float = field(default=0.0, metadata={"help": "Share of images with a random order."})
     order_table: str = field(
         default="",
-        metadata={"help": "File of the data set's orders, made if missing: nothing is ordered while training, and the "
-                          "only augmentation is mirroring."},
+        metadata={"help": "Folder of the data set's orders, made if missing: nothing is ordered while training, and "
+                          "the only augmentation is mirroring."},
     )  # fmt: skip
     dataset: str = field(default="digits", metadata={"help": "digits, a folder, or a timm data set; a+b joins."})
     split: str = field(default="train", metadata={"help": "Split of the data set."})
@@ -114,9 +122,11 @@ def main() -> None:
     plain = eval_transform(size, cfg["mean"], cfg["std"])
     augment = train_transform(size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
     groups = param_groups_layer_decay(model, args.weight_decay, model.no_weight_decay(), layer_decay=args.layer_decay)
+    images = len(dataset)
     if args.order_table:
+        dataset = part_for(args, dataset)
         labels = torch.as_tensor(labels_of(dataset))
-        run = Run(args, model, Indexed(dataset), plain, param_groups=groups)
+        run = Run(args, model, Indexed(dataset), plain, param_groups=groups, images=images)
         table = orders_of_dataset(args, run, orderer, dataset, plain)
     else:
         run = Run(args, model, dataset, augment, param_groups=groups)
@@ -172,10 +182,10 @@ def weights_of(folder: str) -> dict:
 
 def orders_of_dataset(args: Args, run: Run, orderer: str, dataset, transform) -> OrderTable:
     """The orders of the training images, see `data_set_orders`."""
-    size = tuple(run.bare.patch_embed.img_size)
-    described = f"{Path(args.dataset).name} {args.split} {args.part} {len(dataset)} {size} {Path(orderer).name}"
-    compute = run.bare.compute_order
-    return data_set_orders(run, args.order_table, described, dataset, transform, run.bare.orderer, compute)
+    cvit, described = run.bare, describe_dataset(args.dataset, args.split, args.part)
+    size, grid = cvit.patch_embed.img_size, cvit.patch_embed.grid_size
+    source = order_source(described, len(dataset), size, grid, orderer, cvit.orderer)
+    return data_set_orders(run, args.order_table, source, dataset, transform, cvit.orderer, cvit.compute_order)
 
 
 @torch.no_grad()

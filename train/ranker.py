@@ -88,7 +88,7 @@ def train_on_pixels(args: Args, model: Ranker) -> None:
 
 
 def train_on_features(args: Args, model: Ranker) -> None:
-    teacher = timm.create_model(args.teacher, pretrained=True)
+    teacher = timm.create_model(args.teacher, pretrained=not args.dry_run)
     cfg = teacher.pretrained_cfg
     collapse(teacher, "random")  # only given orders are used
     size = teacher.patch_embed.img_size
@@ -114,7 +114,8 @@ def check_grid(model: Ranker, grid: tuple[int, int], name: str) -> None:
 
 def start(args: Args, model: Ranker, size: int, cfg: dict) -> Run:
     dataset = open_dataset(args.dataset, args.split, args.part).dataset
-    return Run(args, model, dataset, train_transform(size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0)))
+    transform = train_transform(size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
+    return Run(args, model, dataset, transform, methods=("rank", "static", "factors"))
 
 
 def finish(args: Args, run: Run) -> None:

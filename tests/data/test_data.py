@@ -1,12 +1,14 @@
 import io
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageDataset
 
-from timm_collapse.data import StepLoader, eval_transform, open_dataset, train_transform
+from timm_collapse.data import StepLoader, eval_transform, labels_of, open_dataset, train_transform
 from timm_collapse.order import CollapseError
 
 
@@ -45,6 +47,36 @@ def test_parts_are_disjoint_and_joined_sets_add_up(parquet):
     assert sorted([y for _, y in part] + [y for _, y in rest]) == [y for _, y in whole]
     assert [y for _, y in part] == [1, 4]
     assert len(open_dataset(f"{parquet}+digits", "train").dataset) == 5 + 1437
+
+
+def test_labels_are_told_without_decoding_images(tmp_path, monkeypatch):
+    for name in ("cat", "ant"):
+        (tmp_path / "folder" / "train" / name).mkdir(parents=True)
+        for i in range(3 if name == "cat" else 2):
+            Image.new("RGB", (4, 4)).save(tmp_path / "folder" / "train" / name / f"{i}.png")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "folder" / "train", "train")
+    folder = str(tmp_path / "folder")
+    datasets = [open_dataset(name).dataset for name in (folder, f"{folder}+digits")]
+    datasets += [ImageDataset(str(tmp_path / "images.tar")), open_dataset(folder, part="!0/2").dataset]
+    expected = [[dataset[i][1] for i in range(len(dataset))] for dataset in datasets]
+    assert expected[0] == [0, 0, 1, 1, 1] and expected[3] == [0, 1]
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened"))
+    monkeypatch.setattr(Image, "fromarray", lambda *_: pytest.fail("an image was made"))
+    assert [labels_of(dataset).tolist() for dataset in datasets] == expected
+
+
+def test_labels_that_are_not_listed_are_read_one_by_one():
+    class Odd(torch.utils.data.Dataset):
+        targets, target_transform = [1, 2], staticmethod(lambda label: 10 * label)
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return None, self.target_transform(self.targets[index])
+
+    assert labels_of(Odd()).tolist() == [10, 20]
 
 
 @pytest.mark.parametrize(

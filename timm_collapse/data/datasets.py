@@ -85,8 +85,24 @@ def labels_of(dataset: Dataset) -> np.ndarray:
     """(n,) the labels of a map-style data set, without decoding its images where that can be saved."""
     if isinstance(dataset, Subset):
         return labels_of(dataset.dataset)[dataset.index]
-    labels = getattr(dataset, "labels", None)
+    if isinstance(dataset, torch.utils.data.ConcatDataset):
+        return np.concatenate([labels_of(each) for each in dataset.datasets])
+    labels = None
+    if getattr(dataset, "target_transform", None) is None:
+        labels = _listed_labels(dataset)
     return np.asarray([dataset[i][1] for i in range(len(dataset))] if labels is None else labels)
+
+
+def _listed_labels(dataset: Dataset):
+    """The labels that a data set, or timm's reader of it, has beside its images; None where it has none."""
+    reader = getattr(dataset, "reader", None)
+    if hasattr(reader, "iter_targets"):  # hfds
+        return list(reader.iter_targets())
+    for holder, name in ((dataset, "labels"), (dataset, "targets"), (reader, "targets")):  # ours, torchvision, tar
+        if (labels := getattr(holder, name, None)) is not None:
+            return labels
+    samples = getattr(reader, "samples", None)  # image folder: (path, label)
+    return None if samples is None else [label for _, label in samples]
 
 
 def open_dataset(name: str, split: str = "train", part: str = "") -> DatasetInfo:
@@ -134,7 +150,7 @@ def _open_timm(name: str, split: str, synonyms: tuple[str, ...]) -> DatasetInfo:
     root = name if Path(name).exists() else None
     if root is None and "/" not in name:
         raise CollapseError(f"dataset: {name!r} is neither 'digits', a folder, nor a timm data set such as hfds/<id>")
-    folders = {p.name for p in Path(root).iterdir() if p.is_dir()} if root else set()
+    folders = {p.name for p in Path(root).iterdir() if p.is_dir()} if root and Path(root).is_dir() else set()
     if folders & set(TRAIN_NAMES + VALIDATION_NAMES) and not folders & set(synonyms):
         raise CollapseError(f"split: {name} has no folder of split {split!r}, only {sorted(folders)}")
     try:

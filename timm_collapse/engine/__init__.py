@@ -10,7 +10,20 @@ A script keeps its own loop; `Run` does the rest::
 """
 
 from .args import TrainArgs, parse_args, run_script
-from .orders import data_set_orders
+from .distributed import processes
+from .dry_run import NoiseCodec, note, part_for
+from .orders import data_set_orders, order_source
 from .run import Run
 
-__all__ = ["Run", "TrainArgs", "data_set_orders", "parse_args", "run_script"]
+__all__ = [
+    "NoiseCodec",
+    "Run",
+    "TrainArgs",
+    "data_set_orders",
+    "note",
+    "order_source",
+    "parse_args",
+    "part_for",
+    "processes",
+    "run_script",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..order import CollapseError
+from . import dry_run
 
 
 @dataclass
@@ -29,7 +31,9 @@ class TrainArgs:
         default=0.999, metadata={"help": "EMA decay of the weights that are saved (warmed up); 0 for none."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of weights, data order, augmentation and masks."})
-    precision: str = field(default="no", metadata={"help": "no (fp32), bf16 or fp16 autocast."})
+    precision: str = field(
+        default="", metadata={"help": "no (fp32), bf16 or fp16 autocast; empty: as Accelerate is configured, else no."}
+    )
     workers: int = field(default=0, metadata={"help": "Data loading processes."})
     log_every: int = field(default=20, metadata={"help": "Steps between log lines."})
     checkpoint_minutes: float = field(
@@ -37,8 +41,14 @@ class TrainArgs:
     )
     resume: str = field(default="auto", metadata={"help": "auto: go on from the folder's checkpoint if any; or none."})
     tensorboard: bool = field(default=True, metadata={"help": "Also write tensorboard events, if it is installed."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Only estimate: three steps on random weights, then parameters, MACs, memory and time on "
+                          "stderr, as JSON on stdout; nothing is written."},
+    )  # fmt: skip
 
     def __post_init__(self):
+        self.precision = self.precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.precision not in ("no", "bf16", "fp16"):
             raise CollapseError(f"precision: must be no, bf16 or fp16, got {self.precision!r}")
         for name in ("steps", "batch_size", "grad_accum", "log_every"):
@@ -82,6 +92,8 @@ def parse_args(cls: type, description: str, argv: list[str] | None = None):
         parser.error(str(error))
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
+    if args.dry_run:
+        dry_run.prepare(args)
     torch.manual_seed(args.seed)
     return args
 
@@ -96,6 +108,12 @@ def run_script(main: Callable[[], None]) -> None:
 
     try:
         main()
+    except dry_run.DryRunDone:
+        pass
     except (CollapseError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        dry_run.clean()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -14,21 +13,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..data import StepLoader
 from ..models.transformer import use_plain_attention
 from ..order import CollapseError
 from .args import TrainArgs
+from .checkpoint import copy_state, gathered, load_optimizer, read_checkpoint, without_weights, write_checkpoint
+from .distributed import frozen_parts, make_accelerator, prepare
+from .draws import Draws
+from .dry_run import QUANTILES, DryRun
+from .ema import Ema
 
-MAY_CHANGE = ("output", "workers", "log_every", "checkpoint_minutes", "resume", "tensorboard", "steps")
+MAY_CHANGE = ("output", "workers", "log_every", "checkpoint_minutes", "resume", "tensorboard", "steps", "dry_run")
 """Arguments that a resumed run may change; with other `steps` the schedule is that of the new number."""
+TOGETHER = ("batch_size", "grad_accum")
+"""These may change with the number of processes, if their product stays: the images of an optimizer step."""
 
 
-class Run:
+class Run(Draws):
     """One training run.
 
     Iterating yields (images, labels) on the device for every micro-step that is left; `step` must be called once for
-    each.
+    each. It is one training whatever the number of processes and the parallelism, see `distributed` and `Draws`.
 
     Args:
         args: The script's arguments.
@@ -37,6 +44,13 @@ class Run:
         find_unused: Some steps leave parameters without gradient (needed by DDP).
         param_groups: For the optimizer, as timm makes them (`lr_scale` is a factor on the learning rate); None: all
             parameters, without weight decay on 1-D ones.
+        methods: Names of methods of the model, other than forward, that the script calls and that use weights.
+        images: In an epoch, where `dataset` is only a part of it (dry run).
+
+    Attributes:
+        model: What `forward` is called on. bare: The same model, for its attributes and other methods.
+        device: Of this process. rank, world: This process and the number of processes. is_main: Whether rank is 0.
+        done: Optimizer steps so far.
     """
 
     def __init__(
@@ -48,16 +62,16 @@ class Run:
         find_unused: bool = False,
         param_groups: list[dict[str, Any]] | None = None,
         quiet: bool = False,
+        methods: tuple[str, ...] = (),
+        images: int = 0,
     ):
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-        from timm.utils import ModelEmaV3
-
-        self.args, self.quiet = args, quiet
+        self.args, self.quiet = args, quiet or args.dry_run
         self.output = Path(args.output)
-        kwargs = [DistributedDataParallelKwargs(find_unused_parameters=find_unused)]
-        self.accelerator = Accelerator(mixed_precision=args.precision, kwargs_handlers=kwargs)
+        self.accelerator = make_accelerator(args.precision, find_unused)
         self.is_main = self.accelerator.is_main_process
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        super().__init__(
+            args.seed, self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        )
         if param_groups is None:
             decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
             no_decay = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
@@ -66,19 +80,25 @@ class Run:
                 {"params": no_decay, "weight_decay": 0.0},
             ]
         optimizer = torch.optim.AdamW(param_groups, lr=args.lr, betas=(0.9, 0.95))
-        if self.accelerator.device.type == "cpu":
+        if self.device.type == "cpu":
             use_plain_attention(model)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self._plain = without_weights(model, [part for _, _, part in frozen_parts(model)])
+        self.model, self.optimizer = prepare(self.accelerator, model, optimizer, methods)
         self.bare = self.accelerator.unwrap_model(self.model)
-        self.ema = ModelEmaV3(self.bare, decay=args.ema, use_warmup=True) if args.ema else None
+        self.ema = Ema(self.bare, args.ema) if args.ema else None
         self.done = 0  # optimizer steps
         self.micro = 0  # micro-steps within the current one
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         if args.resume == "auto":
             self._load_checkpoint()
+            done = torch.tensor(float(self.done), device=self.device)
+            if self.accelerator.reduce(done, "mean") != self.done:
+                raise CollapseError("output: must be on storage that all processes see; only some found its checkpoint")
         self._trim_log()
-        left = range(self.done * args.grad_accum, args.steps * args.grad_accum)
+        self.dry_run = DryRun(self, images or len(dataset)) if args.dry_run else None
+        self.steps = len(QUANTILES) if args.dry_run else args.steps
+        left = range(self.done * args.grad_accum, self.steps * args.grad_accum)
         self.loader = StepLoader(
             dataset, transform, args.batch_size, left, args.seed, self.rank, self.world, args.workers
         )
@@ -91,19 +111,26 @@ class Run:
 
         self._writer = self._tensorboard()
         self._bar = tqdm(
-            total=self.args.steps, initial=self.done, disable=self.quiet or not self.is_main, dynamic_ncols=True,
+            total=self.steps, initial=self.done, disable=self.quiet or not self.is_main, dynamic_ncols=True,
             desc=self.output.name,
         )  # fmt: skip
         self._saved_at = time.monotonic()
         for images, labels in self.loader:
             self._reseed()
-            yield images.to(self.accelerator.device), labels.to(self.accelerator.device)
+            images, labels = images.to(self.device), labels.to(self.device)
+            if isinstance(self.model, DistributedDataParallel):  # gradients are summed once an optimizer step
+                self.model.require_backward_grad_sync = self.micro + 1 == self.args.grad_accum
+            if self.dry_run:
+                self.dry_run.before_forward()
+            yield images, labels
         self._bar.close()
+        if self.dry_run:
+            self.dry_run.finish()
 
     def _reseed(self) -> None:
         """All randomness of a micro-step comes from the seed and its number."""
         number = self.done * self.args.grad_accum + self.micro
-        self.generator = torch.Generator().manual_seed(self.args.seed * 15_485_863 + number)
+        self.restart(number)
         local = self.args.seed * 32_452_843 + number * self.world + self.rank
         torch.manual_seed(local)
         np.random.seed(local % 2**32)  # timm's Mixup
@@ -111,26 +138,7 @@ class Run:
     @property
     def progress(self) -> float:
         """Share of the optimizer steps done, in [0, 1)."""
-        return self.done / self.args.steps
-
-    def rand(self, batch: int, *shape: int) -> Tensor:
-        """Uniform (batch, *shape) for this process: its part of one draw for the global batch."""
-        return self._own(torch.rand(batch * self.world, *shape, generator=self.generator), batch)
-
-    def randn(self, batch: int, *shape: int) -> Tensor:
-        """Normal (batch, *shape) for this process: its part of one draw for the global batch."""
-        return self._own(torch.randn(batch * self.world, *shape, generator=self.generator), batch)
-
-    def randint(self, low: int, high: int) -> int:
-        """One integer in [low, high), the same in every process."""
-        return int(torch.randint(low, high, (), generator=self.generator))
-
-    def uniform(self) -> float:
-        """One number in [0, 1), the same in every process."""
-        return float(torch.rand((), generator=self.generator))
-
-    def _own(self, drawn: Tensor, batch: int) -> Tensor:
-        return drawn[self.rank * batch : (self.rank + 1) * batch].to(self.accelerator.device)
+        return self.done / self.steps
 
     def lr_at(self, step: int) -> float:
         warmup = max(1, round(self.args.warmup * self.args.steps))
@@ -153,6 +161,8 @@ class Run:
         Raises:
             CollapseError: The loss is not finite.
         """
+        if self.dry_run:
+            self.dry_run.after_forward()
         if not torch.isfinite(loss.detach()).all():
             raise CollapseError(f"loss: not finite ({loss.item()}) at step {self.done}; lower lr or use precision bf16")
         for group in self.optimizer.param_groups:
@@ -160,7 +170,8 @@ class Run:
         self.micro += 1
         self.accelerator.backward(loss / self.args.grad_accum)
         for name, value in (metrics or {"loss": loss}).items():
-            self._sums[name] = self._sums.get(name, 0.0) + torch.as_tensor(value, dtype=torch.float32).detach().cpu()
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+            self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
         if self.micro < self.args.grad_accum:
             return
@@ -173,20 +184,32 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         if self.ema:
-            self.ema.update(self.bare, step=self.done)
+            self.ema.update(self.bare, self.done)
         self._bar.update(1)
+        if self.dry_run:
+            self.dry_run.after_step()
+            return
         if self.done % self.args.log_every == 0 or self.done == self.args.steps:
             self._log()
         if self._checkpoint_is_due():
             self.save_checkpoint()
 
     def finish(self) -> nn.Module:
-        """Save the last checkpoint; returns the trained (EMA) model on every process."""
+        """Save the last checkpoint, and make one plain model of the trained one.
+
+        Returns:
+            The trained (EMA) model, whole and without any wrapper, in eval mode. Where it was sharded, only the main
+            process has its weights; on the others they are on the meta device.
+        """
         self.save_checkpoint()
         if self._writer:
             self._writer.close()
+        state = gathered(self.ema.state if self.ema else self.bare.state_dict(), keep=self.is_main)
+        if all(value is not None for value in state.values()):
+            self._plain.load_state_dict(state, assign=True)
+            self._plain.to(self.device)
         self.accelerator.wait_for_everyone()
-        return (self.ema.module if self.ema else self.bare).eval()
+        return self._plain.eval()
 
     # -- logs ----------------------------------------------------------------------------------------------------------
 
@@ -200,8 +223,7 @@ class Run:
         return SummaryWriter(str(self.output / "tensorboard"), purge_step=self.done)
 
     def _log(self) -> None:
-        values = {name: self.accelerator.reduce(v.to(self.accelerator.device), "mean").item() / self._counts[name]
-                  for name, v in sorted(self._sums.items())}  # fmt: skip
+        values = {name: total.item() / self._counts[name] for name, total in self._reduced_sums().items()}
         self._sums, self._counts = {}, {}
         if not self.is_main:
             return
@@ -212,6 +234,10 @@ class Run:
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, self.done)
+
+    def _reduced_sums(self) -> dict[str, Tensor]:
+        """The sums of the metrics since the last log line, averaged over the processes."""
+        return {name: self.accelerator.reduce(value, "mean") for name, value in sorted(self._sums.items())}
 
     def _trim_log(self) -> None:
         """A resumed run drops the log lines after its checkpoint; a new one starts an empty log."""
@@ -234,43 +260,53 @@ class Run:
         return bool(self.accelerator.reduce(flag, "sum").item())
 
     def save_checkpoint(self) -> None:
-        """Write all state to `checkpoint.pt`, atomically: a killed run leaves the previous one."""
+        """Write all state to `checkpoint.pt`, atomically, in one form whatever the parallelism."""
         self._saved_at = time.monotonic()
+        whole = {
+            "model": self.bare.state_dict(),
+            "ema": self.ema.state if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        state = {
+            "done": self.done,
+            "args": json.dumps(asdict(self.args)),
+            "images_per_step": self._images_per_step(),
+            **gathered(whole, keep=self.is_main),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "sums": {name: value.cpu() for name, value in self._reduced_sums().items()},
+            "counts": self._counts,
+        }
         if self.is_main:
-            state = {
-                "done": self.done,
-                "args": json.dumps(asdict(self.args)),
-                "model": self.bare.state_dict(),
-                "ema": self.ema.module.state_dict() if self.ema else None,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                "sums": self._sums,
-                "counts": self._counts,
-            }
-            temporary = self.output / "checkpoint.tmp"
-            torch.save(state, temporary)
-            os.replace(temporary, self.output / "checkpoint.pt")
+            write_checkpoint(state, self.output / "checkpoint.pt")
         self.accelerator.wait_for_everyone()
+
+    def _images_per_step(self) -> int:
+        return self.args.batch_size * self.args.grad_accum * self.world
 
     def _load_checkpoint(self) -> None:
         path = self.output / "checkpoint.pt"
         if not path.exists():
             return
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_checkpoint(path)
         try:
-            self.bare.load_state_dict(state["model"])
-        except RuntimeError as error:
+            copy_state(self.bare.state_dict(), state["model"])
+        except CollapseError as error:
             raise CollapseError(f"output: {path} holds another model; choose another folder. {error}") from error
         now, then = asdict(self.args), json.loads(state["args"])
-        changed = [key for key in now if now[key] != then.get(key) and key not in MAY_CHANGE]
+        images = state.get("images_per_step")
+        if images is not None:
+            now["images a step"], then["images a step"] = self._images_per_step(), images
+        may_change = MAY_CHANGE + (TOGETHER if images is not None else ())
+        changed = [key for key in now if now[key] != then.get(key) and key not in may_change]
         if changed:
             listed = ", ".join(f"{key} {then.get(key)!r} -> {now[key]!r}" for key in changed)
             raise CollapseError(
                 f"resume: {path} was made with other arguments ({listed}); choose another output folder"
             )
         if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            copy_state(self.ema.state, state["ema"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.done, self._sums, self._counts = state["done"], state["sums"], state["counts"]
+        self.done, self._counts = state["done"], state["counts"]
+        self._sums = {name: value.to(self.device, copy=True) for name, value in state["sums"].items()}
