@@ -31,20 +31,16 @@ RECIPE = ["--steps", 60, "--batch_size", 32, "--lr", "3e-3", "--bank_per_class",
           "--random_orders", 0.2, "--mask_ratio", "cosine", "--mask_ratio_min", 0.3]  # fmt: skip
 
 
-def command(output: Path, *args: str, processes: int = 1) -> list[str]:
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*launch, str(ROOT / "train" / "cmar.py"), *COMMON, "--output", str(output), *map(str, args)]
+def command(output: Path, *args: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train" / "cmar.py"), *COMMON, "--output", str(output), *map(str, args)]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
 
 
-def train(output: Path, *args, processes: int = 1) -> None:
-    arguments = command(output, *args, processes=processes)
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=600)
+def train(output: Path, *args) -> None:
+    done = subprocess.run(command(output, *args), env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -131,19 +127,6 @@ def test_killed_and_resumed_ends_with_the_same_weights_and_log(trained, tmp_path
         whole, resumed = load_file(trained / name), load_file(tmp_path / name)
         assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert log_of(trained) == log_of(tmp_path)
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batch(train_here, tmp_path):
-    arguments = ["--steps", 5, "--ema", 0, "--random_orders", 0.3, "--jitter", 0.1]
-    train_here(tmp_path / "one", *arguments)
-    train(tmp_path / "two", *arguments, "--batch_size", 4, processes=2)
-    losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("one", "two")]
-    assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-4)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert all(torch.allclose(one[name], two[name], atol=2e-4) for name in one)
-    latents = [load_file(next((tmp_path / name / "latents").glob("*.safetensors"))) for name in ("one", "two")]
-    assert torch.equal(latents[0]["records"], latents[1]["records"])
 
 
 def test_random_orders_need_no_bank_and_another_run_goes_on_from_the_weights(trained, train_here, tmp_path):

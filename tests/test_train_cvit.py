@@ -19,13 +19,10 @@ SMALL = json.dumps({"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8
 COMMON = ["--dataset", "digits", "--tensorboard", "false", "--log_every", "5"]
 
 
-def train(script: str, output: Path, *args: str, processes: int = 1, ok: bool = True) -> str:
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def train(script: str, output: Path, *args: str, ok: bool = True) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*launch, str(ROOT / "train" / script), *COMMON, "--output", str(output), *args],
+        [sys.executable, str(ROOT / "train" / script), *COMMON, "--output", str(output), *args],
         env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert (done.returncode == 0) == ok, done.stderr[-2000:]
@@ -36,9 +33,9 @@ def train_cvit(output: Path, *args: str, **kwargs) -> str:
     return train("cvit.py", output, "--model", "cvit_tiny_patch4_32", "--model_args", SMALL, *args, **kwargs)
 
 
-def same_weights(a: Path, b: Path, tolerance: float = 0.0) -> bool:
+def same_weights(a: Path, b: Path) -> bool:
     first, second = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return all((first[name] - second[name]).abs().max() <= tolerance for name in first)
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +90,12 @@ def test_ranker_learns_from_its_features_and_orders_another_training(trained, tm
 
 
 @pytest.mark.slow
-def test_goes_on_where_it_was_and_two_processes_end_as_one(tmp_path):
+def test_goes_on_where_it_was(tmp_path):
     common = ["--orderer", "variance", "--val_split", "", "--mixup", "0.2", "--distill", "0.5", "--layer_decay", "0.8"]
     train_cvit(tmp_path / "run", "--steps", "3", "--batch_size", "8", *common)
     train_cvit(tmp_path / "run", "--steps", "6", "--batch_size", "8", *common)
     log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [3, 5, 6] and all(line["divergence"] >= 0 for line in log)
-    plain = ["--orderer", "variance", "--val_split", "", "--steps", "4"]
-    train_cvit(tmp_path / "one", "--batch_size", "8", *plain)
-    train_cvit(tmp_path / "two", "--batch_size", "4", *plain, processes=2)
-    assert same_weights(tmp_path / "one", tmp_path / "two", tolerance=2e-4)
 
 
 def load_script():

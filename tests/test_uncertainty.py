@@ -7,7 +7,7 @@ import torch
 import timm_collapse  # noqa: F401
 from timm_collapse import CollapseError, CollapseOrder, Order
 from timm_collapse.evaluation import greedy_oracle, uncertainty_curve
-from timm_collapse.evaluation.report import _relative, markdown_table, write_section
+from timm_collapse.evaluation.report import markdown_table, relative_paths, write_section
 from timm_collapse.evaluation.uncertainty import visible_counts
 
 
@@ -83,7 +83,7 @@ def test_wrong_order_is_refused(images):
 
 def test_commands_name_no_machine_paths():
     paths = ["/a/b/runs/x", "best=/a/b/runs/x", "../../data/set", "--name=y", "plain"]
-    assert [_relative(p) for p in paths] == ["runs/x", "best=runs/x", "data/set", "--name=y", "plain"]
+    assert [relative_paths(p) for p in paths] == ["runs/x", "best=runs/x", "data/set", "--name=y", "plain"]
 
 
 def test_sections_are_replaced_not_repeated(tmp_path):
