@@ -30,8 +30,11 @@ from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.models.draft import draft_order
 from timm_collapse.models.transformer import use_plain_attention
 
-ORDERS = ("random", "halton", "bayer", "raster", "centre", "collapse", "collapse mean", "shuffled classes", "reversed",
-          "draft")  # fmt: skip
+ORDERS = ("random", "halton", "bayer", "raster", "centre", "collapse", "shuffled classes", "reversed", "draft",
+          "confidence")  # fmt: skip
+MEAN_ORDERS = ("collapse mean", "mean of shuffled classes", "mean reversed")
+"""Plackett-Luce noise around the mean order of the class; another temperature than MEAN_TEMPERATURE: "... T=0.3"."""
+MEAN_TEMPERATURE = 0.1
 SWEEP_SEED = 1000
 SHOWN = ("frechet", "kid", "precision", "recall", "density", "coverage", "label_accuracy", "classifier_score")
 
@@ -56,7 +59,15 @@ def parse() -> argparse.Namespace:
     add("--name", required=True, help="section of docs/results.md and name of the JSON file")
     add("--models", nargs="+", required=True, metavar="LABEL=FOLDER", help="trained generators")
     add("--bank", required=True, help="order bank of the training images")
-    add("--orders", nargs="+", default=list(ORDERS), choices=[*ORDERS, "confidence"])
+    add(
+        "--orders",
+        nargs="+",
+        default=[*ORDERS, *MEAN_ORDERS],
+        type=_order_name,
+        metavar="ORDER",
+        help=f"{', '.join(ORDERS)}; around the mean of a class (temperature {MEAN_TEMPERATURE}, or such as "
+        f"'collapse mean T=0.3'): {', '.join(MEAN_ORDERS)}",
+    )
     add("--dataset", required=True)
     add("--references", type=int, default=10000, help="evenly spaced training images to compare with")
     add("--features", required=True, help="timm classifier of the data set")
@@ -69,13 +80,20 @@ def parse() -> argparse.Namespace:
     add("--diffusion-steps", type=int, default=25)
     add("--temperature", type=float, default=1.0)
     add("--orderer", default="collapse_ranker_tiny", help="orders the drafts")
-    add("--order-temperature", type=float, default=0.1, help="Plackett-Luce noise around the class mean")
     add("--batch-size", type=int, default=250)
     add("--note", default="", help="what else the table should say, such as what the models are")
     add("--work", default="runs/generation_orders")
     add("--part", default="0/1", help="i/n: this process measures every n-th order")
     add("--report", action="store_true", help="measure nothing, write the table of what is there")
     return parser.parse_args()
+
+
+def _order_name(name: str) -> str:
+    kind, _, temperature = name.partition(" T=")
+    if kind not in MEAN_ORDERS and name not in ORDERS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join([*ORDERS, *MEAN_ORDERS])}, got {name!r}")
+    float(temperature or MEAN_TEMPERATURE)
+    return name
 
 
 def main() -> None:
@@ -164,8 +182,11 @@ class Bench:
         """None for the order of a draft, which is made first."""
         if name == "draft":
             return None
-        if name == "collapse mean":
-            return GenerationOrder("collapse", grid, self.bank, "mean", self.args.order_temperature)
+        kind, _, temperature = name.partition(" T=")
+        if kind in MEAN_ORDERS:
+            bank = self.bank.shuffled(0) if "shuffled" in kind else self.bank
+            direction = "collapse_reversed" if "reversed" in kind else "collapse"
+            return GenerationOrder(direction, grid, bank, "mean", float(temperature or MEAN_TEMPERATURE))
         if name == "shuffled classes":
             return GenerationOrder("collapse", grid, self.bank.shuffled(0))
         return GenerationOrder("collapse_reversed" if name == "reversed" else name, grid, self.bank)
