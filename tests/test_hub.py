@@ -50,6 +50,15 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     )  # positions are relative
 
 
+def test_a_bank_of_another_model_does_not_stay(tmp_path):
+    model = timm.create_model("cmar_mini_patch1_8", pretrained=True)
+    save_model(model, tmp_path)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).bank is not None
+    model.bank = None
+    save_model(model, tmp_path)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).bank is None
+
+
 def test_broken_folders_are_one_clear_error(tmp_path):
     with pytest.raises(CollapseError, match="could not be loaded"):
         CollapseOrder.from_pretrained(str(tmp_path))

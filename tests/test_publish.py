@@ -243,6 +243,28 @@ def test_weights_that_do_not_fit_are_refused(hub, tmp_path):
         CollapseOrder.from_pretrained("me/json")
 
 
-def test_the_recipe_goes_along(cvit, hub, tmp_path):
+def test_the_recipe_goes_along_without_the_paths_of_a_machine(cvit, hub, tmp_path):
+    config = read_config(CONFIGS["cvit_tiny_patch4_32"])
+    recipe = {"lr": 1.0, "dataset": "/home/someone/data/photos", "teacher": "local-dir:/home/someone/runs/t"}
+    save_model(cvit, tmp_path / "run", recipe=recipe)
+    out = publish_folder(config, tmp_path / "out", "me/cvit", tmp_path / "run")
+    arguments = json.loads((out / "recipe.json").read_text())["arguments"]
+    assert arguments == {"lr": 1.0, "dataset": "data/photos", "teacher": "local-dir:runs/t"}
+    assert not any(b"someone" in path.read_bytes() for path in out.rglob("*") if path.is_file())
+
+
+def test_no_file_of_another_model_or_of_the_training_is_sent(cvit, hub, tmp_path):
     out = published(cvit, hub, tmp_path)
-    assert json.loads((out / "recipe.json").read_text())["arguments"] == {"lr": 1.0}
+    assert (out / "orderer").is_dir()
+    ranker = read_config(CONFIGS["collapse_ranker_tiny"])
+    publish_folder(ranker, out, "me/ranker")
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "model.safetensors", "recipe.json", "README.md", "order.png"
+    }  # fmt: skip
+    (out / "checkpoint.pt").write_bytes(b"optimizer")
+    push(out, "me/ranker")
+    assert "checkpoint.pt" not in hub.repos["me/ranker"].files()
+    with pytest.raises(CollapseError, match="holds other files"):
+        publish_folder(ranker, out, "me/ranker")
+    with pytest.raises(CollapseError, match="holds other files"):
+        publish_folder(ranker, tmp_path / "run", "me/ranker")  # the folder of a run

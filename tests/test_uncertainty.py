@@ -82,8 +82,10 @@ def test_wrong_order_is_refused(images):
 
 
 def test_commands_name_no_machine_paths():
-    paths = ["/a/b/runs/x", "best=/a/b/runs/x", "../../data/set", "--name=y", "plain"]
-    assert [relative_paths(p) for p in paths] == ["runs/x", "best=runs/x", "data/set", "--name=y", "plain"]
+    paths = ["/a/b/runs/x", "best=/a/b/runs/x", "../../data/set", "--name=y", "plain", "local-dir:/a/b/runs/x"]
+    assert [relative_paths(p) for p in paths] == [
+        "runs/x", "best=runs/x", "data/set", "--name=y", "plain", "local-dir:runs/x"
+    ]  # fmt: skip
 
 
 def test_sections_are_replaced_not_repeated(tmp_path):

@@ -56,8 +56,6 @@ def run_publish(args: argparse.Namespace) -> None:
     config = read_config(args.config)
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(args.out or ("runs/publish" if args.dry_run else temporary))
-        if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
-            raise CollapseError(f"--out: {str(out)!r} holds other files; choose an empty folder")
         folder = publish_folder(config, out, args.repo_id, args.checkpoint, args.half)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
         if args.dry_run:

@@ -40,7 +40,6 @@ from timm_collapse.engine import (
 )
 from timm_collapse.hub import save_model
 from timm_collapse.models import MAR
-from timm_collapse.models.cmar import BANK_FILE
 from timm_collapse.models.diffusion import NUM_TIMESTEPS
 from timm_collapse.models.mar import mask_rate
 from timm_collapse.models.mar_checkpoints import load_mar_weights
@@ -139,12 +138,12 @@ def main() -> None:
         run.step(out["loss"], out)
     model = run.finish()
     if run.is_main:
-        save_model(model, args.output, recipe=args)
         if table and args.bank_per_class:
             orders = table.batches(labels, mirrored=args.mirror > 0)
-            bank = ClassOrderBank.build(orders, cache.num_classes, args.bank_per_class, args.seed,
-                                        source=table.source)  # fmt: skip
-            bank.save(Path(args.output) / BANK_FILE)
+            model.bank = ClassOrderBank.build(
+                orders, cache.num_classes, args.bank_per_class, args.seed, source=table.source
+            )
+        save_model(model, args.output, recipe=args)
 
 
 def counts(args: Args, run: Run, length: int) -> tuple[int, int]:

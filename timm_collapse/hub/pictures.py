@@ -15,6 +15,7 @@ from ..plots import plot_kept, plot_order, save
 from ..plots_generation import plot_samples
 
 CREDIT = "Photos: scikit-learn's flower.jpg (vultilion) and china.jpg (T. Liu), CC BY 2.0"
+PICTURES = ("samples.png", "kept.png", "order.png")
 MAX_TOKENS = 256
 """No picture is generated with more: it would take minutes."""
 DIFFUSION_STEPS = 25

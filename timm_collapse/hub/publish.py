@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import timm
 from safetensors import SafetensorError
 from timm.models._input import update_model_args
 from torch import nn
 
+from ..evaluation.report import relative_paths
 from ..models import MAR, Collapsed
+from ..models.cmar import BANK_FILE
 from ..models.mar_checkpoints import load_mar_weights
-from ..models.sources import CONFIG_FILE, ORDERER_FOLDER, explain, http_status
+from ..models.sources import CONFIG_FILE, ORDERER_FOLDER, WEIGHTS_FILE, explain, http_status
 from ..order import CollapseError
-from .card import write_card
+from .card import CARD_FILE, write_card
 from .config import HubConfig
+from .pictures import PICTURES
 from .save import save_model
 
 RECIPE_FILE = "recipe.json"
+PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, RECIPE_FILE, CARD_FILE, BANK_FILE, ORDERER_FOLDER, *PICTURES)
+"""All that a published folder can hold."""
 
 
 def load_checkpoint(config: HubConfig, checkpoint: str | Path = "") -> nn.Module:
@@ -64,14 +70,17 @@ def publish_folder(
     """Write everything that goes to the Hub: what timm reads, orderer, order bank, recipe, and the card.
 
     Args:
-        repo_id: Where it is going to be: the card's three lines name it, and transformers finds the orderer there.
+        folder: Empty or missing, or what an earlier call wrote, which is replaced.
+        repo_id: Where it is going to be: the card's three lines name it, and transformers finds the orderer there, on
+            its main branch (timm takes it from the revision that the model is loaded from).
         half: Store fp16 weights; None: where the checkpoint's are.
 
     Raises:
-        CollapseError: As `load_checkpoint`.
+        CollapseError: As `load_checkpoint`, or a folder with other files.
     """
     folder, checkpoint = Path(folder), checkpoint or config.checkpoint
     model = load_checkpoint(config, checkpoint)
+    _clear(folder)
     model.pretrained_cfg = {**model.pretrained_cfg, **config.pretrained_cfg, "license": config.license}
     save_model(model, folder, half=half, whole=True)
     if (folder / ORDERER_FOLDER).is_dir():
@@ -79,9 +88,9 @@ def publish_folder(
         if isinstance(model, Collapsed):
             update_model_args(model, orderer=f"hf-hub:{repo_id}/{ORDERER_FOLDER}")
     recipe = _recipe_of(checkpoint)
-    if recipe is not None:
-        shutil.copyfile(recipe, folder / RECIPE_FILE)
-    write_card(config, model, folder, repo_id, json.loads(recipe.read_text()) if recipe else {})
+    if recipe:
+        (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=1) + "\n")
+    write_card(config, model, folder, repo_id, recipe)
     return folder
 
 
@@ -100,7 +109,7 @@ def push(
     when it is run again.
 
     Args:
-        folder: What `publish_folder` or `save_model` wrote.
+        folder: What `publish_folder` or `save_model` wrote; other files in it, such as checkpoints, stay.
         repo_id: "ME/NAME"; made if there is none.
         revision: Branch, made if there is none; None for main.
         create_pr: Open a pull request instead.
@@ -122,8 +131,9 @@ def push(
         if revision and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr
-        )
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr,
+            allow_patterns=[f"{name}/*" if name == ORDERER_FOLDER else name for name in PUBLISHED],
+        )  # fmt: skip
     except Exception as error:  # the Hub's own, the system's, and those of whatever HTTP library it uses
         raise CollapseError(_advise(error, api.endpoint, repo_id)) from error
     return commit.pr_url or commit.commit_url
@@ -148,11 +158,24 @@ def _name_orderer(config_file: Path, reference: str) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _recipe_of(checkpoint: str | Path) -> Path | None:
-    """The recipe beside a checkpoint."""
+def _clear(folder: Path) -> None:
+    """Remove what an earlier call wrote: another model may have fewer files."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if found and (found - set(PUBLISHED) or CARD_FILE not in found):
+        raise CollapseError(f"folder: {str(folder)!r} holds other files; choose an empty one")
+    if found:
+        shutil.rmtree(folder)
+
+
+def _recipe_of(checkpoint: str | Path) -> dict[str, Any]:
+    """The recipe beside a checkpoint, without the paths of the machine that it was made on."""
     path = Path(checkpoint)
     if not path.exists():  # a registered name
         cfg = timm.get_pretrained_cfg(str(checkpoint))
         path = Path(cfg.file) if cfg and cfg.file else path
     recipe = (path if path.is_dir() else path.parent) / RECIPE_FILE
-    return recipe if recipe.is_file() else None
+    if not recipe.is_file():
+        return {}
+    values = json.loads(recipe.read_text())
+    arguments = values.get("arguments", {}).items()
+    return values | {"arguments": {k: relative_paths(v) if isinstance(v, str) else v for k, v in arguments}}

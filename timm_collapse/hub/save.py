@@ -53,8 +53,10 @@ def save_model(
     if half or half is None and fits_half(model):
         state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
         save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE)
-    if isinstance(model, MAR) and model.bank is not None:
-        model.bank.save(folder / BANK_FILE)
+    if isinstance(model, MAR):
+        (folder / BANK_FILE).unlink(missing_ok=True)  # another model's
+        if model.bank is not None:
+            model.bank.save(folder / BANK_FILE)
     if recipe is not None or extra:
         values = asdict(recipe) if is_dataclass(recipe) else dict(recipe or {})
         values = {"arguments": values, "parameters": sum(p.numel() for p in model.parameters()), **extra}
