@@ -17,7 +17,7 @@ from timm_collapse.data import open_dataset
 from timm_collapse.engine import parse_args
 from timm_collapse.evaluation.report import read_section
 from timm_collapse.hub import read_config
-from timm_collapse.models.cvit import BASES
+from timm_collapse.models.cvit import BASES, RESAMPLED
 from timm_collapse.models.sources import bundled_models
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_a_file_names_only_what_there_is(name):
     with torch.device("meta"):
         model = timm.create_model(config.architecture, **config.model_args, **NO_VAE.get(name, {}))
     assert sum(p.numel() for p in model.parameters()) > 0
-    if config.architecture in BASES:
+    if config.architecture in {**BASES, **RESAMPLED}:
         assert timm.is_model(config.base_model.removeprefix("timm/").split(".")[0])
         assert timm.get_pretrained_cfg(config.checkpoint).hf_hub_id == config.base_model
         assert (config.license == "other") == ("dinov3" in name)

@@ -108,11 +108,12 @@ def load_script():
 
 def test_mask_rates_of_the_schedules():
     args = load_script().Args
-    cosine = [args().mask_rate(u) for u in (0.0, 0.5, 1.0)]
+    cosine = [1 - args().budget(u) for u in (0.0, 0.5, 1.0)]
     assert cosine == pytest.approx([0.0, 0.99 * (1 - 2**-0.5), 0.99])  # low rates are favoured
-    assert args(keep_schedule="uniform").mask_rate(0.5) == pytest.approx(0.495)
-    assert args(keep_schedule="full").mask_rate(0.9) == 0.0
-    assert args(keep_schedule="0.22").mask_rate(0.3) == pytest.approx(0.78)
+    assert args(keep_schedule="uniform").budget(0.5) == pytest.approx(0.505)
+    assert args(keep_schedule="full").budget(0.9) == 1.0
+    assert args(keep_schedule="0.22").budget(0.3) == 0.22
+    assert [args(keep_schedule="16, 64,1.0").budget(u) for u in (0.0, 0.34, 0.67, 0.99)] == [16, 64, 1.0, 1.0]
     for wrong in ("nonsense", "0", "1.5", "nan"):
         with pytest.raises(CollapseError, match="keep_schedule: must be"):
             args(keep_schedule=wrong)

@@ -5,6 +5,9 @@
 
 Baselines are the same script with another argument: --orderer random (RViT), bayer, halton, centre or variance;
 --remainder coarse --coarse_share 1 (the image downscaled to as many tokens); --keep_schedule full (a plain ViT).
+
+Smaller patches at the same number of tokens, from a model of larger ones: --init runs/patch8 --model_args
+'{"patch_size": 4}' --keep_schedule 16,32,64.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -33,6 +37,7 @@ from timm_collapse.data import (
 from timm_collapse.engine import Run, TrainArgs, data_set_orders, order_source, parse_args, part_for, run_script
 from timm_collapse.evaluation import accuracy_curves, image_batches
 from timm_collapse.hub import save_model
+from timm_collapse.models.collapsed import check_keep
 from timm_collapse.order import jitter_order, mix_random
 
 
@@ -53,7 +58,9 @@ class Args(TrainArgs):
     )
     remainder: list[str] = field(
         default_factory=lambda: ["none"],
-        metadata={"help": "What becomes of dropped patches: none, fused, coarse; of several, one is drawn each step."},
+        metadata={
+            "help": "What becomes of dropped patches: none, fused, coarse, mixed; of several, one is drawn each step."
+        },
     )
     coarse_share: list[float] = field(
         default_factory=lambda: [0.5], metadata={"help": "Share of the budget for coarse tokens; one for each step."}
@@ -61,8 +68,9 @@ class Args(TrainArgs):
     keep: float = field(default=0.22, metadata={"help": "Keep ratio that the saved model has."})
     keep_schedule: str = field(
         default="cosine",
-        metadata={"help": "Mask rate of each step: cosine (the paper's: 0 to .99, low ones favoured), uniform, full "
-                          "(nothing is masked), or a number: that keep ratio always."},
+        metadata={"help": "Tokens of each step: cosine (the paper's mask rate: 0 to .99, low ones favoured), uniform, "
+                          "full (nothing is masked), or budgets with commas between, one of which is drawn each step: "
+                          "ratios (.22) or counts (64)."},
     )  # fmt: skip
     jitter: float = field(default=0.0, metadata={"help": "Plackett-Luce temperature of the orders, 0 for none."})
     random_orders: float = field(default=0.0, metadata={"help": "Share of images with a random order."})
@@ -82,31 +90,33 @@ class Args(TrainArgs):
     distill: float = field(
         default=0.0, metadata={"help": "Weight of the divergence from the model's own output on the whole image."}
     )
+    grad_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: long sequences in less memory."}
+    )
     layer_decay: float = field(default=1.0, metadata={"help": "Learning rate factor a layer, from the head down."})
 
     def __post_init__(self):
         super().__post_init__()
-        self.mask_rate(0.5)  # checks the schedule
+        self.budget(0.5)  # checks the schedule
         if self.order_table and (self.mixup or self.cutmix):
             raise CollapseError("order_table: orders of single images, so mixup and cutmix must be 0")
 
-    def mask_rate(self, u: float) -> float:
-        """Share of masked patches for a uniform number u in [0, 1)."""
+    def budget(self, u: float) -> float | int:
+        """The model's `keep` in a step, for a uniform number u in [0, 1)."""
         if self.keep_schedule == "cosine":
-            return 0.99 * (1 - math.cos(math.pi / 2 * u))
+            return 1.0 - 0.99 * (1 - math.cos(math.pi / 2 * u))
         if self.keep_schedule == "uniform":
-            return 0.99 * u
+            return 1.0 - 0.99 * u
         if self.keep_schedule == "full":
-            return 0.0
+            return 1.0
         try:
-            keep = float(self.keep_schedule)
-        except ValueError:
-            keep = 0.0
-        if not 0 < keep <= 1:
+            budgets = [check_keep(json.loads(text.strip())) for text in self.keep_schedule.split(",")]
+        except (ValueError, CollapseError) as error:
             raise CollapseError(
-                f"keep_schedule: must be cosine, uniform, full or a number in (0, 1], got {self.keep_schedule!r}"
-            )
-        return 1.0 - keep
+                "keep_schedule: must be cosine, uniform, full, or ratios in (0, 1] and counts of at least 2, with "
+                f"commas between, got {self.keep_schedule!r}"
+            ) from error
+        return budgets[int(u * len(budgets))]
 
 
 def main() -> None:
@@ -118,6 +128,7 @@ def main() -> None:
     )
     orderer = args.orderer or getattr(model, "_model_args", {}).get("orderer", "collapse_ranker_tiny_224")
     collapse(model, orderer, args.keep, args.remainder[0], args.coarse_share[0])
+    model.set_grad_checkpointing(args.grad_checkpointing)
     cfg, size = model.pretrained_cfg, model.patch_embed.img_size[0]
     plain = eval_transform(size, cfg["mean"], cfg["std"])
     augment = train_transform(size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
@@ -135,13 +146,14 @@ def main() -> None:
     random_orders = 1.0 if orderer == "random" else args.random_orders  # drawn from the run's seed, not the orderer's
     for images, targets in run:
         b, n = len(images), cvit.patch_embed.num_patches
-        cvit.keep = 1.0 - args.mask_rate(run.uniform())
+        cvit.keep = args.budget(run.uniform())
         cvit.remainder = args.remainder[run.randint(0, len(args.remainder))]
         cvit.coarse_share = args.coarse_share[run.randint(0, len(args.coarse_share))]
         if args.order_table:
             mirrored = run.rand(b) < 0.5
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
             order, targets = table.lookup(targets, mirrored).to(images.device), labels[targets.cpu()].to(images.device)
+            order = order.resample(cvit.patch_embed.grid_size, cvit.orderer.spread)
         elif args.mixup or args.cutmix:
             images, targets = mix(images, targets)
             order = cvit.compute_order(images)
@@ -181,11 +193,13 @@ def weights_of(folder: str) -> dict:
 
 
 def orders_of_dataset(args: Args, run: Run, orderer: str, dataset, transform) -> OrderTable:
-    """The orders of the training images, see `data_set_orders`."""
+    """The orders of the training images on the orderer's own grid, see `data_set_orders`."""
     cvit, described = run.bare, describe_dataset(args.dataset, args.split, args.part)
-    size, grid = cvit.patch_embed.img_size, cvit.patch_embed.grid_size
+    size, grid = cvit.patch_embed.img_size, cvit.orderer.grid or cvit.patch_embed.grid_size
     source = order_source(described, len(dataset), size, grid, orderer, cvit.orderer)
-    return data_set_orders(run, args.order_table, source, dataset, transform, cvit.orderer, cvit.compute_order)
+    return data_set_orders(
+        run, args.order_table, source, dataset, transform, cvit.orderer, partial(cvit.compute_order, grid=grid)
+    )
 
 
 @torch.no_grad()

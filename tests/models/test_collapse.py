@@ -15,7 +15,8 @@ from torch import nn
 
 from timm_collapse import CollapseError, CollapseOrder, Order, collapse
 from timm_collapse.models import Collapsed
-from timm_collapse.models.selection import Selection, cell_centres, cell_weights, coarse_grid, sparse_patch_embed
+from timm_collapse.models.cells import cell_centres, cell_of_patches, coarse_grid, mean_of_cells
+from timm_collapse.models.selection import Selection, sparse_patch_embed
 
 TINY = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 RANKER = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1, "rank": 8, "phases": (0.0, 0.25)}
@@ -218,17 +219,16 @@ def test_coarse_grid_closed_forms():
 
 
 @pytest.mark.parametrize("grid, cells", [((4, 4), (2, 2)), ((5, 7), (2, 3)), ((14, 14), (4, 5)), ((3, 3), (3, 3))])
-def test_cell_weights_are_areas(grid, cells):
-    weights = cell_weights(grid, cells)
-    assert weights.shape == (cells[0] * cells[1], grid[0] * grid[1])
-    assert torch.allclose(weights.sum(1), torch.ones(len(weights)))
-    scale = (cells[0] * 1, cells[1] * 1)  # every patch cut into as many parts as there are cells: areas become counts
-    values = torch.randn(1, 1, *grid)
-    fine = values.repeat_interleave(scale[0], 2).repeat_interleave(scale[1], 3)
-    assert torch.allclose(weights @ values.flatten(), F.adaptive_avg_pool2d(fine, cells).flatten(), atol=1e-5)
+def test_means_of_cells_are_by_area(grid, cells):
+    values = torch.randn(2, 3, *grid)
+    # every patch cut into as many parts as there are cells: areas become counts
+    fine = values.repeat_interleave(cells[0], 2).repeat_interleave(cells[1], 3)
+    means = mean_of_cells(values.flatten(2).mT, grid, cells)
+    assert torch.allclose(means, F.adaptive_avg_pool2d(fine, cells).flatten(2).mT, atol=1e-5)
     if grid[0] % cells[0] == grid[1] % cells[1] == 0:
-        assert torch.allclose(weights @ values.flatten(), F.adaptive_avg_pool2d(values, cells).flatten(), atol=1e-6)
-    assert (weights[range(len(weights)), cell_centres(grid, cells)[0]] > 0).all()
+        assert torch.allclose(means, F.adaptive_avg_pool2d(values, cells).flatten(2).mT, atol=1e-6)
+    centres, cover = cell_centres(grid, cells)[0], cell_of_patches(grid, cells)[0]
+    assert cover.shape == (grid[0] * grid[1],) and cover[centres].tolist() == list(range(cells[0] * cells[1]))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "naflexvit_base_patch16_gap", "cait_xxs24_224"])

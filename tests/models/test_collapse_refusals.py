@@ -106,7 +106,7 @@ def test_wrong_arguments_name_what_was_given():
         (lambda: collapse(vit(), "no_such_orderer"), "no_such_orderer"),
         (
             lambda: collapse(vit(), "bayer", remainder="mean"),
-            "remainder must be one of none, fused, coarse, got 'mean'",
+            "remainder must be one of none, fused, coarse, mixed, got 'mean'",
         ),
         (lambda: setattr(model, "remainder", "mean"), "remainder"),
         (lambda: collapse(vit(), "bayer", coarse_share=0), "coarse_share"),

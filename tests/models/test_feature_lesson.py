@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from timm_collapse import CollapseError, Order, Ranker
 from timm_collapse.models.feature_lesson import FeatureLesson
+from timm_collapse.models.remainder import Prefix
 
 SHAPE = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -94,8 +95,8 @@ class OnePatchMatters:
     def _image_grid(self, images):
         return (4, 4)
 
-    def _cells(self, budget, grid):
-        return None
+    def _plan(self, budget, grid):
+        return Prefix(budget, grid, (8, 8))
 
     def __call__(self, images, order=None):
         brightest = F.avg_pool2d(images.mean(1, keepdim=True), 8).flatten(1).argmax(1, keepdim=True)

@@ -165,6 +165,19 @@ def test_orderer_resamples_to_any_grid_and_is_frozen(make):
     assert not any(p.requires_grad for p in orderer.parameters()) and not orderer.model.training
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("grid", [(4, 4), (16, 16), (9, 14), (16, 2)])
+def test_first_places_are_the_same_when_only_they_are_asked_for(grid, spread):
+    orderer, images = CollapseOrder(ranker(), spread=spread), torch.randn(2, 3, 16, 16)
+    whole = orderer(images, grid=grid)
+    for upto in (1, 5, grid[0] * grid[1] // 2):
+        assert torch.equal(orderer(images, grid=grid, upto=upto).keep(upto), whole.keep(upto))
+    spreading = grid[0] > 4 or grid[1] > 4
+    assert torch.equal(whole.ranks, CollapseOrder(orderer.model)(images, grid=grid).ranks) is (
+        not spreading or not spread
+    )
+
+
 def test_orderer_errors_name_what_was_given():
     orderer = CollapseOrder(ranker())
     images = torch.randn(2, 3, 16, 16)
@@ -177,6 +190,7 @@ def test_orderer_errors_name_what_was_given():
         (lambda: CollapseOrder.baseline("randm"), "randm.*random"),
         (lambda: CollapseOrder.baseline("halton")(images), "grid"),
         (lambda: CollapseOrder(torch.nn.Linear(2, 2)), "Linear"),
+        (lambda: CollapseOrder(ranker(), spread=2), "spread.*2"),
         (lambda: orderer.graph(images), "CoMAE"),
         (lambda: CollapseOrder.from_pretrained("nothing_like_this"), "nothing_like_this"),
         (lambda: orderer(images).keep(0.0), "keep"),

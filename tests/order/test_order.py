@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from timm_collapse.order import CollapseError, Order, bayer_ranks, check_grid, check_images, resolve_keep
+from timm_collapse.order.order import places_before_spreading
 
 
 def random_order(images=3, grid=(14, 14), seed=0):
@@ -188,15 +189,21 @@ def test_check_grid_accepts_what_holds_two_ints():
 # ---- resampling
 
 
-def reference_resample(ranks, old, new):
+def reference_resample(ranks, old, new, spread=0.0):
     """Slow and by the definition, for one image and one direction: finer or coarser along both axes."""
     (h, w), (nh, nw) = old, new
     tie = bayer_ranks(new).tolist()
-    keys = []
+    keys, parts = [], {}
     for y in range(nh):
         for x in range(nw):
             if nh >= h and nw >= w:
-                value = ranks[int((y + 0.5) * h / nh) * w + int((x + 0.5) * w / nw)]
+                parts.setdefault(int((y + 0.5) * h / nh) * w + int((x + 0.5) * w / nw), []).append(tie[y * nw + x])
+    for y in range(nh):
+        for x in range(nw):
+            if nh >= h and nw >= w:
+                parent = int((y + 0.5) * h / nh) * w + int((x + 0.5) * w / nw)
+                place = sorted(parts[parent]).index(tie[y * nw + x]) / len(parts[parent])
+                value = round(((1 - spread) * ranks[parent] / (h * w) + spread * place) * 2**30)
             else:
                 covered = [
                     ranks[i * w + j]
@@ -223,6 +230,53 @@ def test_resample_against_the_definition(old, new):
     order = random_order(grid=old)
     expected = [reference_resample(row, old, new) for row in order.ranks.tolist()]
     assert order.resample(new).indices.tolist() == expected
+
+
+def test_equal_scores_can_come_coarse_to_fine():
+    equal = Order.with_spread_ties(torch.ones(2, 64), (8, 8))
+    assert torch.equal(equal.ranks[1], bayer_ranks((8, 8)))
+    scores = torch.rand(3, 35)
+    assert torch.equal(Order.with_spread_ties(scores, (5, 7)).ranks, Order(scores, (5, 7)).ranks)
+    noisy = torch.ones(1, 64) + 1e-7 * torch.rand(1, 64)
+    noisy[0, 9] = 1.1
+    ranks = Order.with_spread_ties(noisy, (8, 8)).ranks[0]
+    others = torch.arange(64) != 9
+    assert ranks[9] == 0 and torch.equal(ranks[others].argsort(), equal.ranks[0][others].argsort())
+    with pytest.raises(CollapseError, match="finite"):
+        Order.with_spread_ties(torch.full((1, 4), float("inf")), (2, 2))
+
+
+@pytest.mark.parametrize("spread", [0.25, 0.4, 1.0])
+@pytest.mark.parametrize(("old", "new"), [((5, 3), (10, 6)), ((3, 4), (11, 13)), ((4, 4), (4, 9))])
+def test_spread_against_the_definition(old, new, spread):
+    order = random_order(grid=old)
+    expected = [reference_resample(row, old, new, spread) for row in order.ranks.tolist()]
+    assert order.resample(new, spread).indices.tolist() == expected
+
+
+def test_spread_is_between_the_old_order_and_covering():
+    order = random_order(grid=(8, 8))
+    fine = order.resample((32, 32), 1.0)
+    parent = lambda n: n // 32 // 4 * 8 + n % 32 // 4  # noqa: E731
+    for row in fine.indices[:, :64]:  # one part of every old patch
+        assert sorted(parent(row).tolist()) == list(range(64))
+    areas = [len(set(parent(order.resample((32, 32), s).indices[0, :64]).tolist())) for s in (0, 0.2, 0.5, 1)]
+    assert areas[0] == 4 and areas == sorted(areas) and areas[3] == 64 and areas[1] < areas[2] < 64
+    assert order.resample((4, 4), 0.7).ranks.equal(order.resample((4, 4)).ranks)  # coarser: nothing to spread
+    for wrong in (-0.1, 1.1, "much", True, float("nan")):
+        with pytest.raises(CollapseError, match=r"spread must be in \[0, 1\], got"):
+            order.resample((16, 16), wrong)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_places_that_decide_after_spreading(spread):
+    order = random_order(grid=(14, 14))
+    for places in (1, 10, 100, 700, 3136):
+        first = order.resample((56, 56), spread).indices[:, :places]
+        parents = first // 56 // 4 * 14 + first % 56 // 4
+        needed = int(order.ranks.gather(1, parents).max()) + 1
+        enough = places_before_spreading(places, 3136, 196, spread)
+        assert needed <= enough <= 2 * needed + 14
 
 
 def test_resample_uneven_coarser_is_the_mean_of_the_widened_window():

@@ -42,6 +42,8 @@ def order_source(
         settings = f" seed {orderer.generator.initial_seed()}"
     elif isinstance(orderer.model, CoMAE):
         settings = f" {orderer.ranking} {orderer.damping:g}"
+    if orderer.grid is not None and any(new > own for new, own in zip(grid, orderer.grid, strict=True)):
+        settings += f" refine {orderer.refine:g}" if orderer.refine else f" spread {orderer.spread:g}"
     return {
         "dataset": dataset,
         "images": images,

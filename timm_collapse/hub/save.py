@@ -17,6 +17,7 @@ from torch import nn
 
 from ..models import MAR, Collapsed, CollapseOrder
 from ..models.cmar import BANK_FILE
+from ..models.orderer import SETTINGS
 from ..models.sources import CONFIG_FILE, ORDERER_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
 from ..order import CollapseError
 
@@ -73,7 +74,7 @@ def save_orderer(orderer: CollapseOrder, folder: str | Path, half: bool | None =
     if orderer.model is None:
         raise CollapseError(f"orderer: the baseline {orderer.baseline_name!r} has no weights; its name is all")
     save_model(orderer.model, folder, half=half)
-    settings = {"ranking": orderer.ranking, "damping": orderer.damping}
+    settings = {name: getattr(orderer, name) for name in SETTINGS}
     (Path(folder) / SETTINGS_FILE).write_text(json.dumps(settings) + "\n")
     return Path(folder)
 

@@ -155,12 +155,12 @@ class CollapsedHf(Collapsed):
             positions = embeddings.interpolate_pos_encoding(tokens, grid[0] * p, grid[1] * q)
         return positions[:, classes:]
 
-    def compute_order(self, images: Tensor, upto: int | None = None) -> Order:
+    def compute_order(self, images: Tensor, upto: int | None = None, grid: tuple[int, int] | None = None) -> Order:
         """As `Collapsed`'s; images may have another precision than the orderer, as for the model itself."""
         weight = next(self.orderer.parameters(), None)
         if weight is not None and isinstance(images, Tensor) and images.is_floating_point():
             images = images.to(weight.dtype)
-        return super().compute_order(images, upto)
+        return super().compute_order(images, upto, grid)
 
     def _argument(self, name: str, args: tuple, kwargs: dict):
         place = self._argument_names.index(name) if name in self._argument_names else len(args)

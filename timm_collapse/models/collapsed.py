@@ -17,21 +17,9 @@ from torch import Tensor, nn
 
 from ..order import CollapseError, Order, resolve_keep
 from ..order.errors import describe
-from .selection import (
-    KeepPatches,
-    Selection,
-    cell_centres,
-    cell_weights,
-    coarse_grid,
-    coarse_images,
-    dropped_weights,
-    fit_images,
-    mean_dropped_patch,
-    sparse_patch_embed,
-    to_grid,
-)
-
-REMAINDERS = ("none", "fused", "coarse")
+from .remainder import REMAINDERS, Prefix, plan_remainder
+from .selection import KeepPatches, Selection, fit_images, sparse_patch_embed
+from .transformer import gather_tokens, scatter_tokens
 
 
 def check_keep(keep: float | int) -> float | int:
@@ -54,9 +42,11 @@ class Collapsed:
         orderer: `CollapseOrder`; frozen, and not part of the state dict: it is a model of its own.
         keep: Token budget of the patches, a ratio in (0, 1] or a count; may be changed at any time. The remainder's
             tokens are part of the budget. 1 runs the plain model, bit for bit, and computes no order.
-        remainder: What becomes of the dropped patches: "none", "fused" (one token: the mean of their embeddings), or
-            "coarse" (the whole image at low resolution as a few patches).
-        coarse_share: Share of the budget that coarse tokens may take; 1: the image is only downscaled.
+        remainder: What becomes of the dropped patches: "none", "fused" (one token: the mean of their embeddings),
+            "coarse" (the whole image at low resolution as a few patches), or "mixed" (mixed resolution: the image is
+            covered once, by patches where the order comes early and by ever larger cells, one token each, elsewhere).
+        coarse_share: Share of the budget that coarse tokens may take; 1: the image is only downscaled. For "mixed", the
+            share that the largest cells have before any of them is split.
     """
 
     # -- set-up ------------------------------------------------------------------------------------------------------
@@ -128,14 +118,14 @@ class Collapsed:
         raise NotImplementedError
 
     @torch.no_grad()
-    def compute_order(self, images: Tensor, upto: int | None = None) -> Order:
-        """The order of the patches of images (B, 3, H, W) in this model's normalisation, on its own grid."""
-        grid = self._image_grid(images)
-        images = fit_images(images, grid, self._patch_size())
+    def compute_order(self, images: Tensor, upto: int | None = None, grid: tuple[int, int] | None = None) -> Order:
+        """The order of the patches of images (B, 3, H, W) in this model's normalisation, on its own grid or another."""
+        own = self._image_grid(images)
+        images = fit_images(images, own, self._patch_size())
         if self._affine is not None:
             scale, shift = (images.new_tensor(values).view(3, 1, 1) for values in self._affine)
             images = images * scale + shift
-        return self.orderer(images, grid=grid, upto=upto)
+        return self.orderer(images, grid=grid or own, upto=upto)
 
     def _select(self, x: Tensor, order: Order | None) -> None:
         """Fill the selection for a batch of images; leaves it empty where all patches are kept."""
@@ -154,42 +144,17 @@ class Collapsed:
         budget = resolve_keep(self._keep, num_patches)
         if budget == num_patches:
             return
-        cells = self._cells(budget, grid)
-        only_coarse = self.remainder == "coarse" and self.coarse_share == 1
-        count = 0 if only_coarse else budget - (cells[0] * cells[1] if cells else 0)
-        if count == 0:
-            self.selection.kept = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
+        plan = self._plan(budget, grid)
+        if plan.places == 0:
+            order = None
         else:
-            order = self.compute_order(x, upto=count) if order is None else order.to(x.device)
-            self.selection.kept = order.keep(count)
-        if cells is not None:
-            self.selection.extra = self._remainder_tokens(x, grid, cells)
-            self.selection.places = cell_centres(grid, cells).to(x.device)
+            order = self.compute_order(x, upto=plan.places) if order is None else order.to(x.device)
+        images = fit_images(x, grid, self._patch_size())
+        plan.fill(self.selection, order, images, self._embed_patches, lambda: self._patch_positions(grid))
 
-    def _cells(self, budget: int, grid: tuple[int, int]) -> tuple[int, int] | None:
-        """The grid of the remainder's tokens within a budget."""
-        if self.remainder == "fused" and budget > 1:
-            return (1, 1)
-        if self.remainder == "coarse":
-            return coarse_grid(int(budget * self.coarse_share + 1e-6), grid)
-        return None
-
-    def _remainder_tokens(self, x: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
-        positions = self._patch_positions(grid)
-        kept = self.selection.kept
-        x = fit_images(x, grid, self._patch_size())
-        if self.remainder == "fused":
-            tokens = self._embed_patches(mean_dropped_patch(x, kept, grid, self._patch_size()))
-            weights = dropped_weights(kept, grid[0] * grid[1], tokens.dtype).unsqueeze(1)
-        else:
-            tokens = self._embed_patches(coarse_images(x, cells, self._patch_size()))
-            weights = cell_weights(grid, cells).to(tokens)
-        return tokens if positions is None else tokens + weights @ positions.to(tokens.dtype)
-
-    def _dense(self, tokens: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, k + r, D) -> (B, N, D)."""
-        cells = self._cells(tokens.shape[1], grid) if tokens.shape[1] > kept.shape[1] else None
-        return to_grid(tokens, kept, grid, cells)
+    def _plan(self, budget: int, grid: tuple[int, int]) -> Prefix:
+        """What the tokens of a budget are."""
+        return plan_remainder(self.remainder, budget, grid, self._patch_size(), self.coarse_share)
 
     # -- nn.Module ---------------------------------------------------------------------------------------------------
 
@@ -231,6 +196,19 @@ def check_order(order: Order, batch: int, grid: tuple[int, int]) -> None:
         raise CollapseError(f"order must be on the model's grid {grid}, got one on {order.grid}; see Order.resample")
     if len(order) != batch:
         raise CollapseError(f"order must be of the {batch} images of the batch, got one of {len(order)} images")
+
+
+def to_grid(tokens: Tensor, kept: Tensor, grid: tuple[int, int], cover: Tensor | None) -> Tensor:
+    """Dense features: (B, k + r, D) -> (B, N, D), kept tokens at their places.
+
+    Dropped places take the extra token that stands for them (`cover`, (1 or B, N)), or 0 where there are none.
+    """
+    (b, k), n = kept.shape, grid[0] * grid[1]
+    if cover is None:
+        dense = tokens.new_zeros(b, n, tokens.shape[-1])
+    else:
+        dense = gather_tokens(tokens[:, k:], cover.expand(b, -1))
+    return scatter_tokens(tokens[:, :k], kept, dense)
 
 
 @cache
@@ -321,7 +299,7 @@ class CollapsedTimm(Collapsed):
         try:
             self._select(x, order)
             self._refuse_masks((), kwargs)
-            kept = self.selection.kept
+            kept, cover = self.selection.kept, self.selection.cover
             plain = super().forward_intermediates
             which = (indices, return_prefix_tokens) if self._returns_prefix_tokens else (indices,)
             if kept is None:
@@ -338,7 +316,7 @@ class CollapsedTimm(Collapsed):
         def dense(entry):
             if isinstance(entry, tuple):
                 return dense(entry[0]), entry[1]
-            entry = self._dense(entry, kept, grid)
+            entry = to_grid(entry, kept, grid, cover() if cover else None)
             return entry if output_fmt == "NLC" else entry.mT.reshape(len(entry), -1, *grid)
 
         if intermediates_only:

@@ -40,12 +40,20 @@ BASES = {
 }
 """Collapsed architecture -> the timm architecture whose shape and weights it has."""
 
+RESAMPLED = {
+    f"cvit_{size}_patch{patch}": f"cvit_{size}_patch16"
+    for size in ("tiny", "small", "base")
+    for patch in (8, 4, 2, 1)
+    if f"cvit_{size}_patch{patch}" not in BASES
+}
+"""Architecture with smaller patches -> the one with 16 px patches from whose weights it starts."""
+
 
 def _base_cfgs() -> dict[str, Any]:
     """Each base's pretrained configurations, under the collapsed name: the weights stay where timm has them."""
     return {
         full.replace(base, name, 1): cfg
-        for name, base in BASES.items()
+        for name, base in {**BASES, **{name: BASES[large] for name, large in RESAMPLED.items()}}.items()
         for full, cfg in get_arch_pretrained_cfgs(base).items()
     }
 
@@ -178,6 +186,22 @@ def cvit_base_patch16_dinov3(pretrained: bool = False, **kwargs) -> nn.Module:
 def cvit_base_patch16_siglip(pretrained: bool = False, **kwargs) -> nn.Module:
     """`vit_base_patch16_siglip_224`, collapsed."""
     return _cvit("cvit_base_patch16_siglip", pretrained, kwargs)
+
+
+def _register_resampled(name: str, patch_size: int) -> None:
+    """Register an architecture of RESAMPLED."""
+
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _cvit(name, pretrained, kwargs, base=BASES[RESAMPLED[name]], patch_size=patch_size)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = __name__
+    entrypoint.__doc__ = f"`{RESAMPLED[name]}` with patches of {patch_size} px and the same weights, resampled."
+    register_model(entrypoint)
+
+
+for _name in RESAMPLED:
+    _register_resampled(_name, int(_name.rpartition("patch")[2]))
 
 
 @register_model

@@ -28,7 +28,7 @@ class FeatureLesson:
     Args:
         vit: A collapsed ViT, used to sets of patches (one trained with random drop); frozen here.
         num_sets: Sets an image, at least 2.
-        remainders: One of these is drawn each step, see `Collapsed`.
+        remainders: One of these is drawn each step, see `Collapsed`; "mixed" has no set of first patches to learn.
         max_share: Largest budget, as a share of the patches.
     """
 
@@ -37,6 +37,8 @@ class FeatureLesson:
     ):
         if num_sets < 2:
             raise CollapseError(f"sets: must be at least 2, as sets of one image are compared, got {num_sets}")
+        if "mixed" in remainders:
+            raise CollapseError(f"remainders must be of none, fused and coarse, got {', '.join(remainders)}")
         self.vit = vit.eval().requires_grad_(False)
         if next(vit.parameters()).device.type == "cpu":
             use_plain_attention(vit)
@@ -60,8 +62,7 @@ class FeatureLesson:
         n = grid[0] * grid[1]
         vit.remainder = self.remainders[random.randint(0, len(self.remainders))]
         budget = round(math.exp(random.uniform() * math.log(max(1.0, self.max_share * n))))
-        cells = vit._cells(budget, grid)
-        size = budget - (cells[0] * cells[1] if cells else 0)
+        size = vit._plan(budget, grid).places
         start = 0 if random.randint(0, 10) < 4 else random.randint(0, size)
         ahead = None
         if policy is not None:

@@ -12,10 +12,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..order import BASELINES, RANKINGS, CollapseError, Order, baseline_scores, check_grid, check_images, rank_graph
+from ..order.hierarchy import hierarchical_pagerank
+from ..order.order import check_spread, places_before_spreading
 from .comae import CoMAE
 from .ranker import Ranker
+from .refine import hierarchical_dependency
 from .sources import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, bundled_models, download, find_file
 from .tokenizer import resize_images
+
+SETTINGS = ("ranking", "damping", "spread", "refine")
+"""Attributes of an orderer that are saved beside its network."""
 
 
 class CollapseOrder(nn.Module):
@@ -27,17 +33,30 @@ class CollapseOrder(nn.Module):
         ranking: For a CoMAE: "coverage", "pagerank", "in_degree" or "transposed".
         damping: For the rankings that walk.
         seed: For the baseline "random".
+        spread: How much patches of a finer grid than the model's spread over the image, in [0, 1]: see
+            `Order.resample`. The default is measured, see "Patch scaling" in docs/results.md.
+        refine: For a CoMAE with the ranking "pagerank", on finer grids than its own: the share of the patches that are
+            looked at closer, again and again (`hierarchical_dependency`). 0: the coarse order is resampled.
 
     Attributes:
         mean, std: Normalisation of the images, per channel, as tuples.
         grid: Patch grid (h, w) in which the scores are made.
     """
 
-    def __init__(self, model: CoMAE | Ranker | str, ranking: str = "pagerank", damping: float = 0.85, seed: int = 0):
+    def __init__(
+        self,
+        model: CoMAE | Ranker | str,
+        ranking: str = "pagerank",
+        damping: float = 0.85,
+        seed: int = 0,
+        spread: float = 0.3,
+        refine: float = 0.0,
+    ):
         super().__init__()
         if ranking not in RANKINGS:
             raise CollapseError(f"ranking: must be one of {', '.join(RANKINGS)}, got {ranking!r}")
-        self.ranking, self.damping = ranking, damping
+        check_spread(spread)
+        self.ranking, self.damping, self.spread, self.refine = ranking, damping, spread, refine
         self.baseline_name = model if isinstance(model, str) else None
         if self.baseline_name is not None:
             if model not in BASELINES:
@@ -48,6 +67,11 @@ class CollapseOrder(nn.Module):
             return
         if not isinstance(model, (CoMAE, Ranker)):
             raise CollapseError(f"model: expected a CoMAE, a Ranker or a baseline's name, got {type(model).__name__}")
+        if refine and (not 0 < refine <= 1 or not isinstance(model, CoMAE) or ranking != "pagerank"):
+            raise CollapseError(
+                "refine: must be in [0, 1], and other than 0 only for a CoMAE with the ranking 'pagerank', got "
+                f"{refine} for a {type(model).__name__} with {ranking!r}"
+            )
         self.model = model.eval().requires_grad_(False)
         # transformers would give weights that are in none of its files random values; it empties buffers, too, and has
         # those of timm's modules made again where a module does not say that it is ready
@@ -74,7 +98,7 @@ class CollapseOrder(nn.Module):
         Args:
             name: A registered model with weights ("collapse_ranker_tiny"), a local folder, or a Hub id
             ("me/my-ranker").
-            kwargs: For `CollapseOrder`: ranking, damping.
+            kwargs: For `CollapseOrder`: ranking, damping, spread, refine.
 
         Raises:
             CollapseError: Nothing of that name, or a model that makes no order.
@@ -123,13 +147,18 @@ class CollapseOrder(nn.Module):
         if self.baseline_name is not None:
             return Order(baseline_scores(self.baseline_name, images, grid, self.generator), grid)
         if isinstance(self.model, Ranker):
-            own = self.model.num_patches
             if grid[0] < self.grid[0] or grid[1] < self.grid[1]:
                 upto = None  # a coarser patch averages ranks: it needs the whole order
-            scores = self.model.rank(images, None if upto is None else -(-upto * own // num_patches))
+            if upto is not None and grid != self.grid:
+                upto = places_before_spreading(upto, num_patches, self.model.num_patches, self.spread)
+            scores = self.model.rank(images, upto)
+        elif self.refine:
+            graph = hierarchical_dependency(self.model, images, grid, self.refine, self.damping)
+            finest = self.grid if isinstance(graph, Tensor) else graph.grid
+            return Order.with_spread_ties(hierarchical_pagerank(graph, self.damping), finest).resample(grid)
         else:
             scores = rank_graph(self.graph(images), self.ranking, self.damping)
-        return Order(scores, self.grid).resample(grid)
+        return Order(scores, self.grid).resample(grid, self.spread)
 
     @torch.no_grad()
     def graph(self, images: Tensor) -> Tensor:
@@ -164,6 +193,7 @@ def _settings(file: Path | None) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(file.read_text())
-        return {name: values[name] for name in ("ranking", "damping")}
+        # older files know only the first two
+        return {name: values[name] for name in SETTINGS if name in values or name in SETTINGS[:2]}
     except (ValueError, KeyError, TypeError) as error:
         raise CollapseError(f"name: {file} is damaged: {error!r}") from error

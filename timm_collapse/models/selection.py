@@ -1,17 +1,16 @@
-"""What a collapsed ViT does to its tokens: embeds and keeps the best patches, and sums the others up in coarse tokens.
+"""What a collapsed ViT does to its tokens: embeds and keeps the selected patches, appends what stands for the others.
 
 Nothing here knows of a model family; `Selection` is the state of one forward pass that the parts share.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
 
 import torch
 from timm.layers import Format, PatchEmbed
 from torch import Tensor, nn
 
-from .tokenizer import resize_images
 from .transformer import gather_tokens, scatter_tokens
 
 
@@ -21,7 +20,8 @@ class Selection:
     Attributes:
         kept: (B, k) long, the numbers of the kept patches, ascending; None: all are.
         extra: (B, r, D): tokens that stand for the remainder, appended to the kept ones; None: there are none.
-        places: (1, r) long: the patch at the centre of what each extra token stands for (its rotary position).
+        places: (1 or B, r) long: the patch at the centre of what each extra token stands for (its rotary position).
+        cover: Gives (1 or B, N) long, the extra token that stands for each patch, where it is dropped.
     """
 
     def __init__(self):
@@ -31,6 +31,7 @@ class Selection:
         self.kept: Tensor | None = None
         self.extra: Tensor | None = None
         self.places: Tensor | None = None
+        self.cover: Callable[[], Tensor] | None = None
 
     def apply(self, x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
         """(B, prefix + N, D) -> (B, prefix + k + r, D); the identity where all patches are kept."""
@@ -108,78 +109,7 @@ def sparse_patch_embed(embed: nn.Module, selection: Selection) -> bool:
     return True
 
 
-def coarse_grid(budget: int, grid: tuple[int, int]) -> tuple[int, int] | None:
-    """The grid (h, w) of coarse tokens that fills a budget best: at most `budget` cells, nearly the image's aspect.
-
-    Returns:
-        The grid with most cells whose cells are at most 1.5 times as long as wide (or the reverse, relative to a
-        patch), the squarest of these; None for a budget under 1.
-    """
-    best = None
-    for h in range(1, min(grid[0], budget) + 1):
-        for w in range(1, min(grid[1], budget // h) + 1):
-            stretch = (grid[0] / h) / (grid[1] / w)
-            stretch = max(stretch, 1 / stretch)
-            if stretch <= 1.5 or h * w == 1:
-                best = max(best or (0,), (h * w, -stretch, (h, w)))
-    return best[-1] if best else None
-
-
-@lru_cache(maxsize=256)
-def cell_weights(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
-    """(c, N): the share of each patch in each coarse cell, by area; rows sum to 1."""
-
-    def overlap(new: int, old: int) -> Tensor:
-        edges = torch.arange(new + 1, dtype=torch.float64) * old / new
-        patch = torch.arange(old, dtype=torch.float64)
-        upper = torch.minimum(edges[1:, None], patch + 1)
-        return (upper - torch.maximum(edges[:-1, None], patch)).clamp_min(0) * new / old
-
-    rows, columns = overlap(cells[0], grid[0]), overlap(cells[1], grid[1])
-    return torch.einsum("ah,bw->abhw", rows, columns).reshape(cells[0] * cells[1], grid[0] * grid[1]).float()
-
-
-def cell_centres(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
-    """(1, c) long: the patch in which the centre of each coarse cell lies."""
-    rows = (2 * torch.arange(cells[0]) + 1) * grid[0] // (2 * cells[0])
-    columns = (2 * torch.arange(cells[1]) + 1) * grid[1] // (2 * cells[1])
-    return (rows[:, None] * grid[1] + columns).reshape(1, -1)
-
-
 def fit_images(images: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
     """Images cropped or padded to whole patches, as patch embeddings do, at the right and at the bottom."""
     bottom, right = (n * p - side for n, p, side in zip(grid, patch_size, images.shape[-2:]))
     return images if bottom == right == 0 else nn.functional.pad(images, (0, right, 0, bottom))
-
-
-def coarse_images(images: Tensor, cells: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
-    """The whole image at one patch a coarse cell: (B, C, H, W) -> (B, C, h p, w q)."""
-    return resize_images(images, (cells[0] * patch_size[0], cells[1] * patch_size[1]))
-
-
-def mean_dropped_patch(images: Tensor, kept: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
-    """The mean of the dropped patches' pixels, (B, C, p, q): embedding is linear, so it embeds to their mean token."""
-    b, c = images.shape[:2]
-    patches = images.reshape(b, c, grid[0], patch_size[0], grid[1], patch_size[1])
-    dropped = dropped_weights(kept, grid[0] * grid[1], images.dtype).view(b, *grid)
-    return torch.einsum("bchpwq,bhw->bcpq", patches, dropped)
-
-
-def dropped_weights(kept: Tensor, num_patches: int, dtype: torch.dtype) -> Tensor:
-    """(B, N): 1 / (N - k) for dropped patches, 0 for kept ones."""
-    ones = torch.ones(len(kept), num_patches, dtype=dtype, device=kept.device)
-    return ones.scatter(1, kept, 0.0) / (num_patches - kept.shape[1])
-
-
-def to_grid(tokens: Tensor, kept: Tensor, grid: tuple[int, int], cells: tuple[int, int] | None) -> Tensor:
-    """Dense features: (B, k + r, D) -> (B, N, D), kept tokens at their places.
-
-    Dropped places take the coarse token of their cell (`cells` is the grid of the extra tokens, (1, 1) for a fused
-    one); where there are no extra tokens, 0.
-    """
-    b, k = kept.shape
-    dense = tokens.new_zeros(b, grid[0] * grid[1], tokens.shape[-1])
-    if cells is not None:
-        cell = cell_weights(grid, cells).argmax(0).to(tokens.device)
-        dense = tokens[:, k:][:, cell]
-    return scatter_tokens(tokens[:, :k], kept, dense)

@@ -6,6 +6,7 @@ from .baselines import BASELINES, baseline_scores
 from .errors import CollapseError, check_grid, check_images, resolve_keep
 from .factors import expected_errors, greedy_factor_order
 from .generation import GENERATION_ORDERS, GenerationOrder, tokens_per_step
+from .hierarchy import HierarchicalGraph, hierarchical_pagerank
 from .order import Order
 from .pagerank import pagerank
 from .ranking import RANKINGS, rank_graph
@@ -19,6 +20,7 @@ __all__ = [
     "ClassOrderBank",
     "CollapseError",
     "GenerationOrder",
+    "HierarchicalGraph",
     "ImageDependence",
     "Order",
     "baseline_scores",
@@ -28,6 +30,7 @@ __all__ = [
     "expected_errors",
     "greedy_factor_order",
     "halton_ranks",
+    "hierarchical_pagerank",
     "image_dependence",
     "jitter_order",
     "kendall",

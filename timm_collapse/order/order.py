@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,23 @@ class Order:
         """An order from the rank of every patch; as `from_indices`, with ranks (B, N) long, 0 = first."""
         grid = _check_permutations("ranks", ranks, grid)
         return cls._from_permutations(grid, _inverted(ranks), ranks)
+
+    @classmethod
+    def with_spread_ties(cls, scores: Tensor, grid: Sequence[int]) -> Order:
+        """An order from scores (B, N) of which many are equal: those come coarse to fine (Bayer), not row by row.
+
+        Scores within 2^-20 of the largest of an image count as equal.
+
+        Raises:
+            CollapseError: As the constructor; for infinite values, too.
+        """
+        grid = cls(scores, grid).grid
+        if values_readable() and not scores.isfinite().all():
+            raise CollapseError("scores must be finite, got infinite ones")
+        largest = scores.abs().amax(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+        spread = bayer_ranks(grid).argsort().to(scores.device)
+        indices = spread[stable_argsort((scores.double() / largest * 2**20).round()[:, spread], descending=True)]
+        return cls._from_permutations(grid, indices, _inverted(indices))
 
     @classmethod
     def _from_permutations(cls, grid: tuple[int, int], indices: Tensor, ranks: Tensor) -> Order:
@@ -168,29 +187,33 @@ class Order:
         """The opposite order, exactly: last becomes first, also among patches with equal scores."""
         return Order._from_permutations(self._grid, self.indices.flip(1), self.num_patches - 1 - self.ranks)
 
-    def resample(self, grid: Sequence[int]) -> Order:
+    def resample(self, grid: Sequence[int], spread: float = 0.0) -> Order:
         """The order on a finer or coarser grid of the same images.
 
         A finer grid: a patch belongs to the old patch that its centre lies in; patches come in the order of their old
-        patches, and inside one old patch coarse to fine (Bayer), so that equal ratios keep equal areas. A coarser
-        grid: by the mean of the ranks that a patch covers (the window is widened to whole old patches), ties coarse to
-        fine. Finer along one axis and coarser along the other: first the coarser axis, then the finer one.
+        patches, and inside one old patch coarse to fine (Bayer), so that equal ratios keep equal areas. Parts of one
+        old patch tell much the same, so `spread` trades the old order for covering more of the image: patches come in
+        the order of (1 - spread) rank / old N + spread place / parts, the place being that inside the old patch. A
+        coarser grid: by the mean of the ranks that a patch covers (the window is widened to whole old patches), ties
+        coarse to fine. Finer along one axis and coarser along the other: first the coarser axis, then the finer one.
 
         Args:
             grid: The new rows and columns (h, w).
+            spread: In [0, 1], for a finer grid; 1: one part of every old patch before the second of any.
 
         Returns:
             The order on that grid, with scores (N - rank) / N and no gradient; the same object for the same grid.
 
         Raises:
-            CollapseError: For a wrong grid.
+            CollapseError: For a wrong grid or spread.
         """
         grid = check_grid(grid)
+        check_spread(spread)
         if grid == self._grid:
             return self
         shared = (min(grid[0], self._grid[0]), min(grid[1], self._grid[1]))
         if shared not in (grid, self._grid):
-            return self.resample(shared).resample(grid)
+            return self.resample(shared).resample(grid, spread)
 
         values = self.ranks.view(-1, 1, *self._grid)
         if shared == grid:
@@ -198,6 +221,10 @@ class Order:
         else:
             rows, columns = (_parents(new, old, values.device) for new, old in zip(grid, self._grid, strict=True))
             values = values[:, :, rows[:, None], columns]
+            if spread:
+                place = _place_in_parent(rows[:, None] * self._grid[1] + columns, bayer_ranks(grid).to(values.device))
+                values = (1 - spread) / self.num_patches * values.double() + spread * place
+                values = (values * 2**30).round()  # equal sums are equal
         # a stable sort of patches that are already laid out coarse to fine breaks the ties coarse to fine
         spread = bayer_ranks(grid).argsort().to(values.device)
         indices = spread[stable_argsort(values.flatten(1)[:, spread])]
@@ -209,6 +236,38 @@ def stable_argsort(values: Tensor, descending: bool = False) -> Tensor:
     if torch.onnx.is_in_onnx_export():
         return values.sort(dim=1, descending=descending).indices  # becomes TopK, which is stable
     return values.argsort(dim=1, descending=descending, stable=True)
+
+
+def check_spread(spread: float) -> None:
+    """Raises CollapseError unless a spread is in [0, 1], see `Order.resample`."""
+    if isinstance(spread, bool) or not isinstance(spread, Real) or not 0 <= spread <= 1:
+        raise CollapseError(f"spread must be in [0, 1], got {describe(spread)}")
+
+
+def places_before_spreading(places: int, num_patches: int, old_patches: int, spread: float) -> int:
+    """How many first places of an old order decide the first `places` of `num_patches`, on a finer grid.
+
+    Patches come by (1 - spread) x + spread y, with x and y in [0, 1): the line of those that come last cuts a triangle
+    or, above the diagonal, a trapezium from the unit square, whose area is the share of the patches.
+    """
+    share, needed = places / num_patches, 1.0
+    if spread <= 0.5:
+        slope = spread / (1 - spread)
+        needed = share + slope / 2 if share >= slope / 2 else math.sqrt(2 * slope * share)
+    elif share <= (1 - spread) / spread / 2:
+        needed = math.sqrt(2 * spread / (1 - spread) * share)
+    return min(old_patches, math.ceil(needed * old_patches))
+
+
+def _place_in_parent(parents: Tensor, ranks: Tensor) -> Tensor:
+    """(h, w) in [0, 1): where each patch comes among those of the same parent, parents (h, w), by its rank (h w,)."""
+    flat = parents.flatten()
+    by_parent = (flat * len(flat) + ranks).argsort()
+    counts = flat.bincount()
+    starts = counts.cumsum(0) - counts
+    place = torch.empty(len(flat), dtype=torch.float64, device=flat.device)
+    place[by_parent] = torch.arange(len(flat), device=flat.device, dtype=place.dtype)
+    return ((place - starts[flat]) / counts[flat]).view_as(parents)
 
 
 def _parents(new: int, old: int, device: torch.device) -> Tensor:

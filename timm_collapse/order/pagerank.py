@@ -31,8 +31,7 @@ def pagerank(A: Tensor, damping: float = 0.85, personalization: Tensor | None = 
     Source: Page et al., "The PageRank Citation Ranking", 1999; zero rows as in networkx.pagerank.
     """
     check_graph(A)
-    if not 0 <= damping < 1:
-        raise CollapseError(f"damping must be in [0, 1), got {damping}")
+    check_damping(damping)
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     jump = _jump(A, personalization)
 
@@ -42,6 +41,12 @@ def pagerank(A: Tensor, damping: float = 0.85, personalization: Tensor | None = 
     ranks = torch.linalg.solve(system, jump.unsqueeze(-1)).squeeze(-1)
     # what zero rows lose would come back along the jumps: the same solution, longer by a factor, which cancels here
     return ranks / ranks.sum(dim=-1, keepdim=True)
+
+
+def check_damping(damping: float) -> None:
+    """Raises CollapseError unless a damping is in [0, 1)."""
+    if not 0 <= damping < 1:
+        raise CollapseError(f"damping must be in [0, 1), got {damping}")
 
 
 def _jump(A: Tensor, personalization: Tensor | None) -> Tensor:

@@ -1,0 +1,54 @@
+"""Geometry of coarse cells that cover a grid of patches; all of it linear in the number of patches."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=256)
+def coarse_grid(budget: int, grid: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid (h, w) of coarse tokens that fills a budget best: at most `budget` cells, nearly the image's aspect.
+
+    Returns:
+        The grid with most cells whose cells are at most 1.5 times as long as wide (or the reverse, relative to a
+        patch), the squarest of these; None for a budget under 1.
+    """
+    best = None
+    for h in range(1, min(grid[0], budget) + 1):
+        for w in range(1, min(grid[1], budget // h) + 1):
+            stretch = (grid[0] / h) / (grid[1] / w)
+            stretch = max(stretch, 1 / stretch)
+            if stretch <= 1.5 or h * w == 1:
+                best = max(best or (0,), (h * w, -stretch, (h, w)))
+    return best[-1] if best else None
+
+
+def axis_weights(new: int, old: int) -> Tensor:
+    """(new, old): the share of each of `old` patches of an axis in each of `new` cells, by length; rows sum to 1."""
+    edges = torch.arange(new + 1, dtype=torch.float64) * old / new
+    patch = torch.arange(old, dtype=torch.float64)
+    upper = torch.minimum(edges[1:, None], patch + 1)
+    return ((upper - torch.maximum(edges[:-1, None], patch)).clamp_min(0) * new / old).float()
+
+
+def mean_of_cells(values: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """Means over the cells, by area: (B, N, D) -> (B, c, D)."""
+    rows, columns = (axis_weights(new, old).to(values) for new, old in zip(cells, grid, strict=True))
+    values = torch.einsum("ah,nhwd->nawd", rows, values.unflatten(1, grid))
+    return torch.einsum("bw,nawd->nabd", columns, values).flatten(1, 2)
+
+
+def cell_of_patches(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """(1, N) long: the cell that has most of each patch, the first of several."""
+    row, column = (axis_weights(new, old).argmax(0) for new, old in zip(cells, grid, strict=True))
+    return (row[:, None] * cells[1] + column).reshape(1, -1)
+
+
+def cell_centres(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """(1, c) long: the patch in which the centre of each coarse cell lies."""
+    rows = (2 * torch.arange(cells[0]) + 1) * grid[0] // (2 * cells[0])
+    columns = (2 * torch.arange(cells[1]) + 1) * grid[1] // (2 * cells[1])
+    return (rows[:, None] * grid[1] + columns).reshape(1, -1)

@@ -1,0 +1,110 @@
+"""Mixed resolution: a pyramid of cells over the grid of patches, split where the order comes early.
+
+Level 0 is the grid itself; each cell of a level is 2 x 2 of the level below. The number of cells that are split is
+fixed for each level, so that all images of a batch have as many tokens of each size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..order import CollapseError, Order
+from ..order.order import stable_argsort
+
+
+def pyramid_shapes(budget: int, grid: tuple[int, int], share: float) -> list[tuple[int, int]]:
+    """The grids of the levels, finest first.
+
+    Args:
+        budget: Tokens.
+        grid: Patches (h, w), each a power of 2 times the cells of the coarsest level.
+        share: The coarsest level has at most this share of the budget in cells, if the grid can be halved so often;
+            else as few as it can be, within the budget.
+
+    Raises:
+        CollapseError: Even the coarsest level has more cells than the budget.
+    """
+    shapes = [grid]
+    while shapes[-1][0] % 2 == shapes[-1][1] % 2 == 0 and (len(shapes) == 1 or _size(shapes[-1]) > share * budget):
+        shapes.append((shapes[-1][0] // 2, shapes[-1][1] // 2))
+    if len(shapes) == 1 or _size(shapes[-1]) > budget:
+        raise CollapseError(
+            f"remainder 'mixed' needs a grid that can be halved until it has at most keep cells: {grid} can be halved "
+            f"{len(shapes) - 1} times, to {_size(shapes[-1])} cells, and keep is {budget} tokens"
+        )
+    return shapes
+
+
+def plan_splits(budget: int, shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """How many cells of each level but the finest are split, level 1 first: about as many of each.
+
+    A split makes four tokens of one. The total is the budget, or up to 2 tokens less.
+    """
+    left = (budget - _size(shapes[-1])) // 3
+    splits, candidates = [], _size(shapes[-1])
+    for level in range(len(shapes) - 1, 0, -1):
+        splits.insert(0, min(candidates, -(-left // level)))
+        left -= splits[0]
+        candidates = 4 * splits[0]
+    return splits
+
+
+def choose_leaves(order: Order, shapes: Sequence[tuple[int, int]], splits: Sequence[int]) -> list[Tensor]:
+    """The cells of each level that are tokens; together they cover each patch once.
+
+    From the coarsest level on, the candidates that come first in the order (by the mean rank of their patches) are
+    split; their parts are the candidates of the next level.
+
+    Args:
+        order: (B, N) on the finest grid.
+        shapes, splits: Of the levels.
+
+    Returns:
+        For each level, finest first, (B, n) long, ascending.
+    """
+    candidates = torch.ones(len(order), _size(shapes[-1]), dtype=torch.bool, device=order.scores.device)
+    leaves, count = [], _size(shapes[-1])
+    for shape, split in zip(shapes[:0:-1], splits[::-1], strict=True):
+        ranks = order.resample(shape).ranks.masked_fill(~candidates, _size(shape))
+        first = ranks.topk(split, dim=1, largest=False).indices
+        chosen = torch.zeros_like(candidates).scatter(1, first, True)
+        leaves.insert(0, _numbers(candidates & ~chosen, count - split))
+        candidates = _halved(chosen, shape)
+        count = 4 * split
+    return [_numbers(candidates, count), *leaves]
+
+
+def cover_of_leaves(leaves: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """(B, N) long: for each patch, the number of its cell among the leaves of level 1, level 2, ... together.
+
+    Args:
+        leaves: (B, n) of level 1 and up, from `choose_leaves`.
+        shapes: Of all levels. Patches that are leaves themselves get 0.
+    """
+    cover = leaves[0].new_zeros(len(leaves[0]), _size(shapes[0]))
+    start = 0
+    for level, leaf in enumerate(leaves, 1):
+        numbers = torch.arange(start + 1, start + 1 + leaf.shape[1], device=leaf.device).expand_as(leaf)
+        cells = leaf.new_zeros(len(leaf), _size(shapes[level])).scatter(1, leaf, numbers)
+        for shape in shapes[level:0:-1]:
+            cells = _halved(cells, shape)
+        cover = cover + cells
+        start += leaf.shape[1]
+    return (cover - 1).clamp_min(0)
+
+
+def _size(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1]
+
+
+def _halved(cells: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Values of cells (B, n) for their four parts each, (B, 4 n)."""
+    return cells.unflatten(1, shape).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+
+
+def _numbers(mask: Tensor, count: int) -> Tensor:
+    """(B, count) long: the places that are set, ascending; as many in each row."""
+    return stable_argsort((~mask).float())[:, :count]
