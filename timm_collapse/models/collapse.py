@@ -18,8 +18,8 @@ from torch import nn
 from ..order import CollapseError
 from ..order.errors import describe
 from .adapters import CollapsedBeit, CollapsedCait, CollapsedNaFlex
-from .collapse_hf import find_hf_adapter, hf_cfg, is_hf
 from .collapsed import Collapsed, CollapsedEva, CollapsedVit, check_keep, collapsed_class
+from .hf_families import find_hf_adapter, hf_cfg, is_hf
 from .orderer import CollapseOrder
 from .sources import ORDERER_FOLDER
 from .unsupported import unsupported_reason
@@ -55,10 +55,10 @@ def collapse(
 
     Args:
         model: A timm `VisionTransformer`, `VisionTransformerDistilled`, `Eva`, `NaFlexVit`, `Cait` or `Beit`; or a
-            transformers ViT, DINOv2, DINOv3, SigLIP or CLIP vision model.
+            transformers ViT, DINOv2, DINOv3, SigLIP or CLIP vision model, or image Perceiver.
         orderer: What orders the patches, or its name, as for `CollapseOrder.from_pretrained`, or a baseline's.
         keep: Token budget, a ratio in (0, 1] of the patches, or a count.
-        remainder: What becomes of the dropped patches: "none", "fused" or "coarse", see `Collapsed`.
+        remainder: What becomes of the dropped patches: "none", "fused", "coarse" or "mixed", see `Collapsed`.
         coarse_share: Share of the budget that coarse tokens may take, in (0, 1].
         mean, std: Normalisation of the images that the model gets, per channel; None takes what the model is collapsed
             with already, or its `pretrained_cfg` (timm's default, ImageNet's, where it has none), or for transformers'

@@ -84,10 +84,8 @@ class Collapsed:
     def remainder(self, remainder: str) -> None:
         if remainder not in REMAINDERS:
             raise CollapseError(f"remainder must be one of {', '.join(REMAINDERS)}, got {remainder!r}")
-        if remainder != "none" and hasattr(getattr(self, "patch_embed", None), "backbone"):
-            raise CollapseError(
-                f"remainder must be none, got {remainder!r}: the model's convolutional stem embeds whole images only"
-            )
+        if remainder != "none" and (reason := self._why_no_remainder()):
+            raise CollapseError(f"remainder must be none, got {remainder!r}: {reason}")
         self._remainder = remainder
 
     @property
@@ -99,6 +97,11 @@ class Collapsed:
         if not isinstance(coarse_share, Real) or isinstance(coarse_share, bool) or not 0 < coarse_share <= 1:
             raise CollapseError(f"coarse_share must be in (0, 1], got {coarse_share!r}")
         self._coarse_share = float(coarse_share)
+
+    def _why_no_remainder(self) -> str:
+        """Why no token can stand for the dropped patches; empty where one can."""
+        stem = hasattr(getattr(self, "patch_embed", None), "backbone")
+        return "the model's convolutional stem embeds whole images only" if stem else ""
 
     # -- selection ---------------------------------------------------------------------------------------------------
 
