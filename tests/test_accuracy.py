@@ -11,7 +11,7 @@ from timm_collapse import CollapseError, CollapseOrder, Order, collapse
 from timm_collapse.evaluation import KEEPS, AccuracyCurve, accuracy_curves, costs_over_keep, with_orderer
 from timm_collapse.evaluation.accuracy import image_batches, plain_model
 from timm_collapse.evaluation.curve import area_under_curve, check_keeps, find_knee
-from timm_collapse.plots_accuracy import plot_accuracy
+from timm_collapse.plots_accuracy import plot_accuracy, plot_budgets
 
 
 def tiny(**kwargs):
@@ -205,6 +205,17 @@ def test_the_plot_draws_what_was_measured():
     assert len(plot_accuracy(curves, points="top5").axes) == 1
 
 
+def test_the_plot_of_budgets_draws_what_was_measured():
+    points = {"patch 16": [(16, 20.0, 1.0, 900.0)], "patch $4": [(16, 18.0, 1.0, 500.0), (64, 24.0, 1.5, 300.0)]}
+    first, second = plot_budgets(points).axes
+    for ax, column in ((first, 0), (second, 3)):
+        for line, values in zip(ax.lines, points.values(), strict=True):
+            assert line.get_xydata().tolist() == [[value[column], value[1]] for value in values]
+    bars = [segment.tolist() for segment in first.collections[1].get_segments()]
+    assert bars == [[[16, 17], [16, 19]], [[64, 22.5], [64, 25.5]]]
+    assert [text.get_text() for text in second.get_legend().get_texts()] == list(points)
+
+
 CURVE = AccuracyCurve([1.0, 0.5], [1, 1], [1, 1], 2)
 REFUSED = [
     (lambda: check_keeps([]), "at least one ratio"),
@@ -219,6 +230,8 @@ REFUSED = [
                              progress=False), r"labels must be in \[0, 20\), the classes of a, got 1 to 20"),
     (lambda: with_orderer(torch.nn.Linear(2, 2), "bayer"), "cannot be collapsed"),
     (lambda: plot_accuracy({}), "at least one curve"),
+    (lambda: plot_budgets({}), "at least one point"),
+    (lambda: plot_budgets({"a": []}), "at least one point"),
     (lambda: plot_accuracy({"a": CURVE}, points="top3"), "top1 or top5"),
     (lambda: plot_accuracy({"a": CURVE}, {"a": [1.0]}), "one value for each"),
 ]  # fmt: skip

@@ -82,9 +82,16 @@ def test_ranker_learns_from_its_features_and_orders_another_training(trained, tm
     arguments += ["--init", str(trained[0]), "--jitter", "0.05", "--random_orders", "0.2", "--val_split", ""]
     train_cvit(tmp_path / "first", *arguments)
     made = {file.name: file.stat().st_mtime_ns for file in table.iterdir()}
-    train_cvit(tmp_path / "second", *arguments)
+    train_cvit(tmp_path / "second", *arguments, "--grad_checkpointing", "true")
     assert {file.name: file.stat().st_mtime_ns for file in table.iterdir()} == made
     assert same_weights(tmp_path / "first", tmp_path / "second")
+    # the orders are on the ranker's grid: they serve smaller patches, too
+    shape = ["--model_args", json.dumps({**json.loads(SMALL), "patch_size": 2}), "--keep_schedule", "40,90,1.0"]
+    train_cvit(tmp_path / "finer", *arguments, *shape, "--remainder", "none", "mixed")
+    assert {file.name: file.stat().st_mtime_ns for file in table.iterdir()} == made
+    finer, first = (load_file(tmp_path / name / "model.safetensors") for name in ("finer", "first"))
+    assert finer["patch_embed.proj.weight"].shape[-1] == 2 and finer["pos_embed"].shape[1] == 257
+    assert finer["blocks.0.attn.qkv.weight"].shape == first["blocks.0.attn.qkv.weight"].shape
     said = train_cvit(tmp_path / "third", *arguments, "--orderer", "bayer", ok=False)
     assert "order_table" in said and "Traceback" not in said
 

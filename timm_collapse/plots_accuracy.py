@@ -1,4 +1,4 @@
-"""The picture of an evaluation: accuracy over keep, and over measured speed."""
+"""The pictures of evaluations: accuracy over keep or tokens, and over measured speed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 from .evaluation import AccuracyCurve
 from .order import CollapseError
@@ -64,6 +64,37 @@ def plot_accuracy(
     )
     for text in legend.get_texts():
         text.set_parse_math(False)  # names may hold dollar signs
+    return figure
+
+
+def plot_budgets(points: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> Figure:
+    """Accuracy over tokens, and over images a second, of models with patches of different sizes.
+
+    Args:
+        points: By the name that the legend shows: (tokens, top-1 in per cent, its standard error, images a second).
+
+    Raises:
+        CollapseError: For no points.
+    """
+    if not points or not all(points.values()):
+        raise CollapseError("points must hold at least one point for each name, got none")
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for i, (name, values) in enumerate(points.items()):
+        style = {"color": LINE_COLOURS[i % len(LINE_COLOURS)],
+                 "linestyle": LINE_STYLES[i // len(LINE_COLOURS) % len(LINE_STYLES)]}  # fmt: skip
+        tokens, accuracy, errors, speeds = zip(*values, strict=True)
+        for ax, x in zip(axes, (tokens, speeds)):
+            ax.errorbar(x, accuracy, errors, linewidth=1.6, marker=".", markersize=8, label=name, **style)
+    for ax, label in zip(axes, ("tokens", "images per second, order included")):
+        ax.set_xscale("log", base=2 if label == "tokens" else 10)
+        ax.set_xlabel(label, fontsize=LABEL)
+        _plain_axes(ax)
+    axes[0].xaxis.set_major_formatter(ScalarFormatter())
+    axes[0].set_ylabel("top-1 accuracy (%)", fontsize=LABEL)
+    legend = axes[1].legend(fontsize=TICK, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
 
 

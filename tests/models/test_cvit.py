@@ -3,11 +3,13 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 from timm_collapse import CollapseError, CollapseOrder, Order, collapse
 from timm_collapse.hub import save_model
 from timm_collapse.models import Collapsed
-from timm_collapse.models.cvit import BASES
+from timm_collapse.models.cvit import BASES, RESAMPLED
 
 SHAPE = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -38,6 +40,40 @@ def test_parameters_are_those_of_the_base(name):
     assert torch.equal(cvit(images), vit(images))
     cvit.keep = 0.5
     assert cvit.forward_features(images).shape[1] == vit.num_prefix_tokens + 8
+
+
+@pytest.mark.parametrize("name", RESAMPLED)
+def test_smaller_patches_have_the_tags_and_the_weights_of_larger_ones(name):
+    large, patch = RESAMPLED[name], int(name.rpartition("patch")[2])
+    ours, theirs = ({m.removeprefix(n) for m in timm.list_models(f"{n}.*", pretrained=True)} for n in (name, large))
+    assert ours == theirs and timm.get_pretrained_cfg(name).hf_hub_id == timm.get_pretrained_cfg(large).hf_hub_id
+    with torch.device("meta"):
+        cvit = timm.create_model(name)
+    assert cvit.patch_embed.grid_size == (224 // patch, 224 // patch)
+    assert cvit.embed_dim == timm.create_model(large, depth=1).embed_dim
+
+
+def test_smaller_patches_start_from_the_weights_of_larger_ones(tmp_path):
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=5, **SHAPE)
+    save_file(plain.state_dict(), tmp_path / "model.safetensors")
+    overlay = {"file": str(tmp_path / "model.safetensors"), "num_classes": 5}
+    for name, kwargs, patch in (
+        ("cvit_tiny_patch4", {}, 4),
+        ("cvit_tiny_patch1", {}, 1),
+        ("cvit_tiny_patch16", {"patch_size": 2}, 2),
+        ("cvit_tiny_patch4", {"patch_size": 32}, 32),
+    ):
+        cvit = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=64, num_classes=5, **SHAPE, **kwargs
+        )
+        for key, value in cvit.state_dict().items():
+            expected = plain.state_dict()[key]
+            if key == "patch_embed.proj.weight":
+                expected = resample_patch_embed(expected, [patch, patch])
+            elif key == "pos_embed":
+                expected = resample_abs_pos_embed(expected, [64 // patch, 64 // patch])
+            assert torch.allclose(value, expected, atol=1e-5), key
+        assert cvit.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
 
 def test_arguments_reach_the_collapse_and_the_base():
