@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from timm_collapse.models.refine import hierarchical_dependency
 from timm_collapse.order import HierarchicalGraph, hierarchical_pagerank, spearman
 
 GIB = 2**30
+OUT_OF_MEMORY = 77  # status of a process that measures
 SIDE = 224
 
 
@@ -114,12 +116,12 @@ def comae_order(args: argparse.Namespace) -> dict[str, float]:
 def sparse_pagerank(side: int, args: argparse.Namespace) -> dict[str, float]:
     """PageRank of a graph of a random image's CoMAE: hierarchical, and dense up to 32 x 32 patches."""
     torch.manual_seed(0)
-    model = timm.create_model("comae_tiny", pretrained=True).eval()
+    model = timm.create_model("comae_tiny", pretrained=True).to(device()).eval()
     parts = {32: (4, 4), 224: (28, 28)}[side]
-    coarse = model.dependency(torch.randn(1, 3, 64, 64))
-    cells = torch.rand(1, 64).argsort(1)[:, :14]
+    coarse = model.dependency(torch.randn(1, 3, 64, 64, device=device()))
+    cells = torch.rand(1, 64, device=device()).argsort(1)[:, :14]
     # each inner graph is the CoMAE's own of another image, on its first p x q patches of 8 x 8 (repeated where more)
-    inner = model.dependency(torch.randn(14, 3, 64, 64))
+    inner = model.dependency(torch.randn(14, 3, 64, 64, device=device()))
     index = (torch.arange(parts[0]) % 8)[:, None] * 8 + torch.arange(parts[1]) % 8
     inner = inner[:, index.flatten()][:, :, index.flatten()].unsqueeze(0)
     graph = HierarchicalGraph(coarse, cells, inner, (8, 8), parts)
@@ -149,9 +151,10 @@ def apart(what: str, args: argparse.Namespace) -> dict[str, float] | None:
     done = subprocess.run(
         [*command, "--images", str(args.images), "--one", what], stdout=subprocess.PIPE, text=True, check=False
     )
-    if done.returncode:
-        print(f"{what}: failed with status {done.returncode}", file=sys.stderr)
+    if done.returncode == OUT_OF_MEMORY or done.returncode == -signal.SIGKILL:
         return None
+    if done.returncode:
+        raise SystemExit(f"{what}: failed with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -159,7 +162,10 @@ def main() -> None:
     args = parse()
     if args.one:
         kind, _, value = args.one.partition(":")
-        print(json.dumps(MEASURES[kind](value, args)))
+        try:
+            print(json.dumps(MEASURES[kind](value, args)))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise SystemExit(OUT_OF_MEMORY) from None
         return
     rows, numbers = [], {}
     names = [f"forward:{keep:g}" for keep in args.keep] + [f"train:{keep:g}" for keep in args.train_keep]

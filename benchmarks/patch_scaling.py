@@ -22,6 +22,9 @@ from timm_collapse.data import eval_transform, open_dataset
 from timm_collapse.evaluation import AccuracyCurve, accuracy_curves, image_batches
 from timm_collapse.evaluation.cost import autocast, count_macs, images_per_second
 from timm_collapse.evaluation.report import markdown_table, write_section
+from timm_collapse.hub import weights_hash
+from timm_collapse.models.collapsed import parse_keep
+from timm_collapse.order import resolve_keep
 from timm_collapse.plots import save
 from timm_collapse.plots_accuracy import plot_budgets
 
@@ -46,15 +49,16 @@ def load(folder: str):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     recipe = json.loads((Path(folder) / "recipe.json").read_text())
     patches = model.patch_embed.num_patches
-    schedule = {json.loads(budget) for budget in recipe["arguments"]["keep_schedule"].split(",")}
-    return model, sorted(round(budget * patches) if budget <= 1 else budget for budget in schedule)
+    schedule = map(parse_keep, recipe["arguments"]["keep_schedule"].split(","))
+    return model, sorted({resolve_keep(budget, patches) for budget in schedule})
 
 
 def measured(folder: str, args: argparse.Namespace) -> AccuracyCurve:
     """Accuracy of one run at its budgets, from its folder if it was measured on the same images."""
     file = Path(folder) / "scaling.json"
     model, budgets = load(folder)
-    question = {"dataset": Path(args.dataset).name, "split": args.split, "images": args.images, "budgets": budgets}
+    question = {"dataset": Path(args.dataset).name, "split": args.split, "images": args.images, "budgets": budgets,
+                "precision": args.precision, "weights": weights_hash(model)}  # fmt: skip
     if file.exists() and (found := json.loads(file.read_text()))["question"] == question:
         return AccuracyCurve(**found["curve"])
     cfg = resolve_model_data_config(model)
@@ -102,7 +106,7 @@ def main() -> None:
         points[name] = []
         for budget, keep in zip(budgets, sorted(seeds[0].keeps), strict=True):
             values = [curve.top1[curve.at(keep)] for curve in seeds]
-            error = seeds[0].top1_error[seeds[0].at(keep)] / len(seeds) ** 0.5
+            error = seeds[0].top1_error[seeds[0].at(keep)]  # seeds see the same images
             points[name].append((budget, sum(values) / len(values), error, found[name][budget]["speed"]))
         numbers[name] = {
             budget: {"top1": [curve.top1[curve.at(keep)] for curve in seeds], **found[name][budget]}
@@ -121,10 +125,14 @@ def main() -> None:
         for name, v in numbers.items()
     ]
     first = next(iter(curves.values()))[0]
+    embeds = [load(folders[0])[0].patch_embed for folders in runs.values()]
+    size = embeds[0].img_size[0]
+    sizes = sorted({(embed.patch_size[0], embed.num_patches) for embed in embeds}, reverse=True)
+    patches = ", ".join(f"{count:,} of {side} px" for side, count in sizes)
     text = [
         f"Top-1 in per cent at each token budget, {first.images} validation images of {Path(args.dataset).name} "
         f"(standard error {first.top1_error[0]:.1f}; the variants see the same images), and images a second, orders "
-        f"included, in {'bf16' if args.precision == 'bf16' else 'fp32'}. The last budget of a row is all patches.",
+        f"included, in {'bf16' if args.precision == 'bf16' else 'fp32'}. An image of {size} px has {patches} patches.",
         markdown_table(accuracy),
         markdown_table(speed),
     ]

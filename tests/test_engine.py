@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -208,6 +209,39 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     training.finish()
     with pytest.raises(CollapseError, match="holds another model"):
         Run(TrainArgs(output=str(tmp_path), tensorboard=False), torch.nn.Linear(3, 3), Constant(), None, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"workers": -1}, "workers: must be at least 0, got -1"),
+        ({"ema": 1.0}, r"ema: must be in \[0, 1\), got 1.0"),
+        ({"warmup": 2.0}, r"warmup: must be in \[0, 1\], got 2.0"),
+        ({"clip": -1.0}, "clip: must be at least 0, got -1.0"),
+        ({"lr": 0.0}, "lr: must be positive, got 0.0"),
+        ({"lr": float("nan")}, "lr: must be positive, got nan"),
+    ],
+)
+def test_values_that_cannot_train_are_refused(values, message):
+    with pytest.raises(CollapseError, match=message):
+        TrainArgs(**values)
+
+
+def test_models_that_there_are_not_are_named():
+    @dataclasses.dataclass
+    class Args(TrainArgs):
+        model: str = "cvit_tiny_patch4_32"
+        model_args: str = "{}"
+
+    Args()
+    Args(model="local-dir:anywhere")
+    for values, message in (
+        ({"model": "nosuch"}, "model: 'nosuch' is not registered"),
+        ({"model_args": "x"}, "model_args: must be a JSON object .* got 'x'"),
+        ({"model_args": "[1]"}, "model_args: must be a JSON object"),
+    ):
+        with pytest.raises(CollapseError, match=message):
+            Args(**values)
 
 
 def test_arguments_from_file_and_their_errors(tmp_path, capsys):

@@ -253,6 +253,56 @@ def test_the_recipe_goes_along_without_the_paths_of_a_machine(cvit, hub, tmp_pat
     assert not any(b"someone" in path.read_bytes() for path in out.rglob("*") if path.is_file())
 
 
+def test_a_model_of_ones_own_has_no_results_of_others(cvit, tmp_path):
+    config = read_config(CONFIGS["cvit_tiny_patch4_32"])
+    assert config.results and config.datasets
+    for dataset, named in (("digits", False), ("some/where/cifar10", True)):
+        save_model(cvit, tmp_path / "run", recipe={"dataset": dataset}, validation_top1={"1.0": 91.0})
+        card = (publish_folder(config, tmp_path / "out", "me/cvit", tmp_path / "run") / "README.md").read_text()
+        assert ("uoft-cs/cifar10" in card, "CIFAR-10" in card) == (named, named)
+        assert "91.0%" in card and "| collapse, features |" not in card and ("digits" in card) is not named
+    whole = publish_folder(config, tmp_path / "own", "me/cvit") / "README.md"
+    assert "| collapse, features |" in whole.read_text()
+
+
+def test_publishing_goes_on_after_an_interruption_and_in_the_folder_of_the_checkpoint(cvit, tmp_path, monkeypatch):
+    from timm_collapse.hub import publish
+
+    config = read_config(CONFIGS["cvit_tiny_patch4_32"])
+    save_model(cvit, tmp_path / "run", recipe={"lr": 0.5})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(publish, "write_card", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        publish_folder(config, tmp_path / "out", "me/cvit", tmp_path / "run")
+    out = publish_folder(config, tmp_path / "out", "me/cvit", tmp_path / "run")
+    assert json.loads((out / "recipe.json").read_text())["arguments"] == {"lr": 0.5}
+    publish_folder(config, out, "me/cvit", out)
+    assert json.loads((out / "recipe.json").read_text())["arguments"] == {"lr": 0.5}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("my notes")
+    with pytest.raises(CollapseError, match="holds other files"):
+        publish_folder(config, tmp_path / "mine", "me/cvit", tmp_path / "run")
+
+
+def test_files_that_a_model_no_longer_has_leave_the_repository(cvit, hub, tmp_path):
+    out = published(cvit, hub, tmp_path)
+    assert "orderer/config.json" in hub.repos["me/cvit"].files()
+    push(publish_folder(read_config(CONFIGS["collapse_ranker_tiny"]), out, "me/cvit"), "me/cvit")
+    assert set(hub.repos["me/cvit"].files()) - {".gitattributes"} == {path.name for path in out.iterdir()}
+
+
+def test_a_generator_whose_vae_is_a_file_is_refused(tmp_path):
+    vae = tmp_path / "vae.safetensors"
+    save_file({"x": torch.zeros(1)}, vae)
+    model = timm.create_model("cmar_mini_patch1_8", encoder_depth=1, decoder_depth=1)
+    model.vae = str(vae)
+    save_model(model, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model_args"]["vae"] = str(vae)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CollapseError, match="vae: must be 'pixels' or a Hub id"):
+        publish_folder(read_config(CONFIGS["cmar_mini_patch1_8"]), tmp_path / "out", "me/mar", tmp_path / "run")
+
+
 def test_no_file_of_another_model_or_of_the_training_is_sent(cvit, hub, tmp_path):
     out = published(cvit, hub, tmp_path)
     assert (out / "orderer").is_dir()

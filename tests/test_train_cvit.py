@@ -121,7 +121,8 @@ def test_mask_rates_of_the_schedules():
     assert args(keep_schedule="full").budget(0.9) == 1.0
     assert args(keep_schedule="0.22").budget(0.3) == 0.22
     assert [args(keep_schedule="16, 64,1.0").budget(u) for u in (0.0, 0.34, 0.67, 0.99)] == [16, 64, 1.0, 1.0]
-    for wrong in ("nonsense", "0", "1.5", "nan"):
+    assert args(keep_schedule=".22").budget(0.3) == 0.22
+    for wrong in ("nonsense", "0", "1.5", "nan", "16,,32"):
         with pytest.raises(CollapseError, match="keep_schedule: must be"):
             args(keep_schedule=wrong)
     with pytest.raises(CollapseError, match="order_table"):

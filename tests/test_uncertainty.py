@@ -7,7 +7,7 @@ import torch
 import timm_collapse  # noqa: F401
 from timm_collapse import CollapseError, CollapseOrder, Order
 from timm_collapse.evaluation import greedy_oracle, uncertainty_curve
-from timm_collapse.evaluation.report import markdown_table, relative_paths, write_section
+from timm_collapse.evaluation.report import markdown_table, relative_paths, without_paths, write_section
 from timm_collapse.evaluation.uncertainty import visible_counts
 
 
@@ -86,6 +86,23 @@ def test_commands_name_no_machine_paths():
     assert [relative_paths(p) for p in paths] == [
         "runs/x", "best=runs/x", "data/set", "--name=y", "plain", "local-dir:runs/x"
     ]  # fmt: skip
+
+
+def test_no_path_of_a_machine_stays_in_a_recipe():
+    recipe = {
+        "dataset": "digits+/home/me/secret/data/x",
+        "table": "wds//home/me/secret/data/x",
+        "model_args": '{"orderer": "/home/me/secret/runs/ranker"}',
+        "nested": [{"init": "local-dir:/home/me/secret/runs/base"}, 3, None],
+        "url": "https://example.org/a/b/c",
+    }
+    assert without_paths(recipe) == {
+        "dataset": "digits+data/x",
+        "table": "wds/data/x",
+        "model_args": '{"orderer": "runs/ranker"}',
+        "nested": [{"init": "local-dir:runs/base"}, 3, None],
+        "url": "https://example.org/a/b/c",
+    }
 
 
 def test_sections_are_replaced_not_repeated(tmp_path):

@@ -182,7 +182,7 @@ def cached_latents(args: Args, dataset, model: MAR) -> LatentCache:
             f"vae: {model.vae!r} has {codec.channels} channels and stride {codec.stride}, which does not give the "
             f"model's latents {model.latent_shape} for {model.img_size} pixels"
         )
-    source = f"{Path(args.dataset).name} {args.split} {args.part} {len(dataset)}"
+    source = f"{describe_dataset(args.dataset, args.split, args.part)} {len(dataset)}"
     LatentCache.build(
         folder, dataset, codec, model.img_size, source, device=state.device, quiet=not state.is_main_process,
         rank=state.process_index, world=state.num_processes,

@@ -37,8 +37,8 @@ from timm_collapse.data import (
 from timm_collapse.engine import Run, TrainArgs, data_set_orders, order_source, parse_args, part_for, run_script
 from timm_collapse.evaluation import accuracy_curves, image_batches
 from timm_collapse.hub import save_model
-from timm_collapse.models.collapsed import check_keep
-from timm_collapse.order import jitter_order, mix_random
+from timm_collapse.models.collapsed import parse_keep
+from timm_collapse.order import jitter_order, mix_random, resolve_keep
 
 
 @dataclass
@@ -110,8 +110,8 @@ class Args(TrainArgs):
         if self.keep_schedule == "full":
             return 1.0
         try:
-            budgets = [check_keep(json.loads(text.strip())) for text in self.keep_schedule.split(",")]
-        except (ValueError, CollapseError) as error:
+            budgets = [parse_keep(text) for text in self.keep_schedule.split(",")]
+        except CollapseError as error:
             raise CollapseError(
                 "keep_schedule: must be cosine, uniform, full, or ratios in (0, 1] and counts of at least 2, with "
                 f"commas between, got {self.keep_schedule!r}"
@@ -129,6 +129,7 @@ def main() -> None:
     orderer = args.orderer or getattr(model, "_model_args", {}).get("orderer", "collapse_ranker_tiny_224")
     collapse(model, orderer, args.keep, args.remainder[0], args.coarse_share[0])
     model.set_grad_checkpointing(args.grad_checkpointing)
+    check_budgets(args, model)
     cfg, size = model.pretrained_cfg, model.patch_embed.img_size[0]
     plain = eval_transform(size, cfg["mean"], cfg["std"])
     augment = train_transform(size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
@@ -183,6 +184,15 @@ def main() -> None:
             save_model(model, args.output, recipe=args, validation_top1=accuracy)
 
 
+def check_budgets(args: Args, model) -> None:
+    """Raises CollapseError where the model has no tokens for a budget, before the training meets it."""
+    grid = model.patch_embed.grid_size
+    for remainder in args.remainder:
+        model.remainder = remainder
+        for keep in (args.keep, *(args.budget(step / 100) for step in range(100))):
+            model._plan(resolve_keep(keep, grid[0] * grid[1]), grid)
+
+
 def weights_of(folder: str) -> dict:
     """A saved model as the source of an architecture's pretrained weights, in timm's terms."""
     file, config = Path(folder) / "model.safetensors", Path(folder) / "config.json"
@@ -193,9 +203,11 @@ def weights_of(folder: str) -> dict:
 
 
 def orders_of_dataset(args: Args, run: Run, orderer: str, dataset, transform) -> OrderTable:
-    """The orders of the training images on the orderer's own grid, see `data_set_orders`."""
+    """The orders of the training images, on the orderer's own grid if that says it all, see `data_set_orders`."""
     cvit, described = run.bare, describe_dataset(args.dataset, args.split, args.part)
-    size, grid = cvit.patch_embed.img_size, cvit.orderer.grid or cvit.patch_embed.grid_size
+    size, grid = cvit.patch_embed.img_size, cvit.patch_embed.grid_size
+    if cvit.orderer.grid is not None and not cvit.orderer.refine:
+        grid = cvit.orderer.grid
     source = order_source(described, len(dataset), size, grid, orderer, cvit.orderer)
     return data_set_orders(
         run, args.order_table, source, dataset, transform, cvit.orderer, partial(cvit.compute_order, grid=grid)

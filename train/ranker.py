@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import timm
 import torch
@@ -73,6 +74,11 @@ def main() -> None:
 
 
 def train_on_pixels(args: Args, model: Ranker) -> None:
+    if not (Path(args.reconstructor) / "config.json").is_file():
+        raise CollapseError(
+            f"reconstructor: {args.reconstructor!r} holds no saved model; train/reconstructor.py --output "
+            f"{args.reconstructor} makes one"
+        )
     environment = timm.create_model(f"local-dir:{args.reconstructor}", pretrained=True)
     cfg = environment.pretrained_cfg
     check_grid(model, environment.tokenizer.grid((environment.img_size, environment.img_size)), "reconstructor")

@@ -4,15 +4,18 @@ import io
 import json
 import tarfile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from timm.data import ImageDataset
 
 from timm_collapse import CollapseError, CollapseOrder, __version__
 from timm_collapse.data import OrderTable, check_orders, describe_dataset, eval_transform, open_dataset, open_units
 from timm_collapse.data.order_shards import is_whole, write_orders
+from timm_collapse.data.orders import Indexed
 from timm_collapse.data.units import MapUnits
 from timm_collapse.engine import order_source
 
@@ -267,6 +270,23 @@ def test_no_batch_holds_images_of_two_units(tmp_path):
 def test_images_without_labels(tmp_path):
     write(tmp_path / "orders", open_units(str(write_tars(tmp_path / "tars", [40], labels=False))))
     assert {label for label, *_ in rows(tmp_path / "orders").values()} == {-1}
+
+
+def test_an_unreadable_image_is_told_and_not_replaced_by_the_next_one(tmp_path):
+    for name in ("a/0", "a/1", "b/0"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).save(
+            tmp_path / "images" / f"{name}.png"
+        )
+    broken = tmp_path / "images" / "a" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    units = open_units(str(tmp_path / "images"))
+    with pytest.raises(CollapseError, match="dataset: the image 'a/1.png' cannot be decoded"):
+        list(units.batches([0], lambda image: torch.zeros(3, 2, 2), 2))
+    indexed = Indexed(units.dataset)
+    assert indexed[2][1] == 2 and indexed[0][0].size == (16, 16)
+    with pytest.raises(CollapseError, match="'a/1.png' cannot be decoded"):
+        indexed[1]
 
 
 def test_keys_that_several_tars_share_are_told(tmp_path):

@@ -133,17 +133,27 @@ def test_every_family_within_the_budget_dense_and_trainable(name):
     assert not torch.allclose(model(images, order=order), model(images, order=order.reversed()))
 
 
-def test_only_the_first_places_of_the_order_are_asked_for():
+def test_no_order_is_asked_for_where_nothing_is_split():
     model = collapse(vit(), "collapse_ranker_tiny", keep=64, remainder="mixed")
     images = torch.randn(1, 3, 64, 64)
     asked = []
     own = model.orderer.forward
     model.orderer.forward = lambda *args, upto=None, **kwargs: asked.append(upto) or own(*args, upto=upto, **kwargs)
     model(images)
-    assert asked == [8 * 16]  # eight cells of 4 x 4 patches are split
+    assert asked == [256]  # cells are split by the mean rank of all their patches
     model.keep, model.coarse_share = 18, 1.0
     model(images)
     assert len(asked) == 1  # nothing is split, so no order is needed
+
+
+@pytest.mark.parametrize("patch_size, keep", [(16, 0.4), (8, 0.1)])
+def test_tokens_are_the_same_whether_the_order_is_given_or_made(patch_size, keep):
+    model = vit(img_size=224, patch_size=patch_size)
+    collapse(model, "collapse_ranker_tiny_224", keep=keep, remainder="mixed")
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(
+        model.forward_features(images), model.forward_features(images, order=model.compute_order(images))
+    )
 
 
 def test_a_budget_under_the_coarsest_cells_is_refused():

@@ -62,6 +62,14 @@ def test_the_refined_order_refines_the_coarse_one():
     assert len(set(places)) > 8
 
 
+def test_orders_are_the_same_under_autocast():
+    model, images = CollapseOrder(comae(), refine=0.3), torch.rand(2, 3, 64, 64)
+    plain = model(images, grid=(16, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(images, grid=(16, 16)).ranks, plain.ranks)
+    assert model(images.bfloat16().float(), grid=(16, 16)).grid == (16, 16)
+
+
 def test_wrong_arguments():
     model, images = comae(), torch.randn(1, 3, 16, 16)
     for call, message in (
@@ -70,6 +78,8 @@ def test_wrong_arguments():
         (lambda: hierarchical_dependency(model, images, (0, 8)), "grid"),
         (lambda: CollapseOrder(model, refine=1.5), r"refine: must be in \[0, 1\].*1.5"),
         (lambda: CollapseOrder(model, refine=0.2, ranking="coverage"), "refine.*coverage"),
+        (lambda: CollapseOrder("bayer", refine=0.2), "refine.*bayer"),
+        (lambda: CollapseOrder(model, refine="much"), "refine.*much"),
     ):
         with pytest.raises(CollapseError, match=message):
             call()

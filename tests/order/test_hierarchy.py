@@ -86,6 +86,25 @@ def test_a_uniform_graph_has_uniform_ranks():
     assert torch.allclose(hierarchical_pagerank(graph), torch.full((1, 24), 1 / 24))
 
 
+def test_iterations_end_where_rounding_does(monkeypatch):
+    calls = []
+    own = HierarchicalGraph.influence
+    monkeypatch.setattr(HierarchicalGraph, "influence", lambda self, values: calls.append(1) or own(self, values))
+    graph = example(grid=(8, 8), parts=(8, 8), refined=14, images=6)
+    sharp = hierarchical_pagerank(graph, tolerance=0.0)
+    assert 5 < len(calls) < 200
+    assert torch.allclose(sharp, hierarchical_pagerank(graph), rtol=1e-5, atol=0)
+
+
+def test_half_precision_around_it_changes_nothing():
+    graph = example()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(hierarchical_pagerank(graph), hierarchical_pagerank(example()))
+    assert torch.equal(hierarchical_pagerank(graph), hierarchical_pagerank(example()))
+    half = HierarchicalGraph(graph.coarse.bfloat16(), graph.cells, graph.inner.bfloat16(), (3, 4), (2, 3))
+    assert hierarchical_pagerank(half).dtype == torch.float32
+
+
 def test_memory_is_linear_in_the_patches():
     entries = []
     for side in (7, 14, 28):

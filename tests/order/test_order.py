@@ -271,12 +271,15 @@ def test_spread_is_between_the_old_order_and_covering():
 @pytest.mark.parametrize("spread", [0.0, 0.2, 0.5, 0.8, 1.0])
 def test_places_that_decide_after_spreading(spread):
     order = random_order(grid=(14, 14))
-    for places in (1, 10, 100, 700, 3136):
-        first = order.resample((56, 56), spread).indices[:, :places]
-        parents = first // 56 // 4 * 14 + first % 56 // 4
-        needed = int(order.ranks.gather(1, parents).max()) + 1
-        enough = places_before_spreading(places, 3136, 196, spread)
-        assert needed <= enough <= 2 * needed + 14
+    for h, w in ((56, 56), (16, 16), (25, 14), (14, 40)):
+        for places in (1, h * w // 300 + 1, h * w // 30, h * w // 4, h * w):
+            first = order.resample((h, w), spread).indices[:, :places]
+            row, column = ((2 * at + 1) * 14 // (2 * side) for at, side in ((first // w, h), (first % w, w)))
+            needed = int(order.ranks.gather(1, row * 14 + column).max()) + 1
+            enough = places_before_spreading(places, (h, w), (14, 14), spread)
+            assert needed <= enough
+            if (h, w) == (56, 56):
+                assert enough <= 2 * needed + 14
 
 
 def test_resample_uneven_coarser_is_the_mean_of_the_widened_window():

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ..order import CollapseError, Order
 from .order_shards import AGAIN, check_layout, read_folder, read_layout, read_shard
-from .units import key_of
+from .units import key_of, read_sample
 
 COMPARED_KEYS = 1000  # of a table and its data set
 
@@ -29,7 +29,8 @@ class Indexed(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int):
-        image, _ = self.dataset[index]
+        image, _ = read_sample(self.dataset, index)
+        image = image.convert("RGB")
         return (self.transform(image) if self.transform else image), index
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -78,12 +79,32 @@ class _Keyed(Dataset):
         self.dataset, self.transform = dataset, transform
 
     def __getitem__(self, index: int) -> tuple[Tensor, str, int]:
-        image, label = self.dataset[index]
+        image, label = read_sample(self.dataset, index)
         try:
             label = int(label)
         except (TypeError, ValueError):
             label = -1  # none, or several
         return self.transform(image.convert("RGB")), key_of(self.dataset, index), label
+
+
+def read_sample(dataset: Dataset, index: int) -> tuple[Image.Image, object]:
+    """(image, label) at an index; timm's data sets would give another image in the place of one that is unreadable.
+
+    Raises:
+        CollapseError: The image cannot be decoded.
+    """
+    if isinstance(dataset, Subset):
+        return read_sample(dataset.dataset, int(dataset.index[index]))
+    reader = getattr(dataset, "reader", None)
+    if reader is None:
+        return dataset[index]
+    try:
+        image, label = reader[index]
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        image.load()
+    except Exception as error:  # Pillow's, the system's, and those of whatever reader it is
+        raise CollapseError(f"dataset: the image {key_of(dataset, index)!r} cannot be decoded: {error}") from error
+    return image, label
 
 
 def key_of(dataset: Dataset, index: int) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import timm
 import torch
 
 from ..order import CollapseError
@@ -54,10 +57,37 @@ class TrainArgs:
         for name in ("steps", "batch_size", "grad_accum", "log_every"):
             if getattr(self, name) < 1:
                 raise CollapseError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name, low, high in (
+            ("workers", 0, math.inf),
+            ("clip", 0, math.inf),
+            ("warmup", 0, 1),
+            ("ema", 0, 0.9999999),
+        ):
+            if not low <= getattr(self, name) <= high:
+                allowed = f"in [{low}, 1{')' if name == 'ema' else ']'}" if high < math.inf else f"at least {low}"
+                raise CollapseError(f"{name}: must be {allowed}, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise CollapseError(f"lr: must be positive, got {self.lr}")
+        self._check_model()
         if self.schedule not in ("cosine", "constant"):
             raise CollapseError(f"schedule: must be cosine or constant, got {self.schedule!r}")
         if self.resume not in ("auto", "none"):
             raise CollapseError(f"resume: must be 'auto' or 'none', got {self.resume!r}")
+
+    def _check_model(self) -> None:
+        """Of the scripts whose model has a name and arguments."""
+        try:
+            arguments = json.loads(getattr(self, "model_args", "{}"))
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise CollapseError(
+                f"model_args: must be a JSON object such as '{{\"depth\": 6}}', got {self.model_args!r}"
+            )
+        for name in ("model", "teacher"):
+            value = getattr(self, name, "")
+            if value and not re.search("[:/]", value) and not timm.is_model(value.split(".")[0]):
+                raise CollapseError(f"{name}: {value!r} is not registered; `timm.list_models()` lists the names")
 
 
 def parse_args(cls: type, description: str, argv: list[str] | None = None):

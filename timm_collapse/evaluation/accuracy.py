@@ -125,11 +125,13 @@ def _shared_order(model: nn.Module, images: Tensor, keeps: list[float], orders: 
     if not hasattr(model, "keep"):
         return None
     grid = model._image_grid(images)
-    key = (id(model.orderer), grid, model._affine)
+    whole = getattr(model, "remainder", "none") == "mixed"  # which goes by the ranks of all patches
+    key = (id(model.orderer), grid, model._affine, whole)
     if key not in orders:
         num_patches = grid[0] * grid[1]
         needed = [k for k in (resolve_keep(keep, num_patches) for keep in keeps) if k < num_patches]
-        orders[key] = model.compute_order(images, upto=max(needed)) if needed else None
+        upto = num_patches if whole else max(needed, default=0)
+        orders[key] = model.compute_order(images, upto=upto) if needed else None
     return orders[key]
 
 

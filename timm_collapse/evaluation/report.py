@@ -61,12 +61,28 @@ def read_section(name: str, results: Path = RESULTS) -> str:
     return found[1] if found else ""
 
 
+def without_paths(value: Any) -> Any:
+    """`relative_paths` of every string in a value, also in lists, dicts and strings of JSON."""
+    if isinstance(value, str):
+        if value[:1] in ("{", "["):
+            try:
+                return json.dumps(without_paths(json.loads(value)))
+            except ValueError:
+                pass
+        return relative_paths(value)
+    if isinstance(value, dict):
+        return {key: without_paths(each) for key, each in value.items()}
+    return [without_paths(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def relative_paths(argument: str) -> str:
-    """Absolute paths, also behind `name=` and in lists with commas, are those of one machine: their last two parts."""
+    """Absolute paths are those of one machine: their last two parts; also behind `name=` and in lists with , or +."""
     name, equals, paths = argument.rpartition("=")
-    return name + equals + ",".join(_shortened(path) for path in paths.split(","))
+    return name + equals + re.sub(r"[^,+]+", lambda match: _shortened(match[0]), paths)
 
 
 def _shortened(path: str) -> str:
-    scheme, colon, bare = path.rpartition(":")  # local-dir:/...
-    return scheme + colon + "/".join(Path(bare).parts[-2:]) if bare.startswith(("/", "..")) else path
+    if "://" in path:
+        return path
+    scheme, bare = re.fullmatch(r"(.*:|\w+/(?=/)|)(.*)", path, re.DOTALL).groups()  # local-dir:/..., wds//...
+    return scheme + "/".join(Path(bare).parts[-2:]) if bare.startswith(("/", "..")) else path

@@ -42,7 +42,7 @@ def write_card(config: HubConfig, model: nn.Module, folder: Path, repo_id: str, 
     picture = draw_picture(model, folder)
     accuracies = _accuracies(recipe)
     parts = [
-        f"---\n{_metadata(config, repo_id, accuracies)}\n---",
+        f"---\n{_metadata(config, repo_id, accuracies, recipe)}\n---",
         f"# {repo_id.split('/')[-1]}",
         config.summary,
         _facts(model, config),
@@ -55,14 +55,14 @@ def write_card(config: HubConfig, model: nn.Module, folder: Path, repo_id: str, 
     (folder / CARD_FILE).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def _metadata(config: HubConfig, repo_id: str, accuracies: dict[float, float]) -> str:
+def _metadata(config: HubConfig, repo_id: str, accuracies: dict[float, float], recipe: dict[str, Any]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
         EvalResult(
             task_type=config.task,
             dataset_type=config.datasets[0] if config.datasets else "custom",
-            dataset_name=config.datasets[0] if config.datasets else "custom",
+            dataset_name=config.datasets[0] if config.datasets else _trained_on(recipe) or "custom",
             metric_type="accuracy",
             metric_name=f"top-1 at keep {keep:g}",
             metric_value=round(accuracy, 2),
@@ -171,12 +171,20 @@ def _accuracies(recipe: dict[str, Any]) -> dict[float, float]:
     return {float(keep): float(value) for keep, value in measured.items()}
 
 
+def _trained_on(recipe: dict[str, Any]) -> str:
+    return Path(str(recipe.get("arguments", {}).get("dataset", ""))).name
+
+
 def _shown(picture: Picture | None) -> str:
     return f"## Pictures\n\n![{picture.caption}]({picture.file})\n\n{picture.caption}" if picture else ""
 
 
 def _training(config: HubConfig, recipe: dict[str, Any]) -> str:
-    text = "## Training\n\n```bash\n" + "\n".join(config.train) + "\n```"
+    text = "## Training"
+    if config.train:
+        text += "\n\n```bash\n" + "\n".join(config.train) + "\n```"
+    elif data := _trained_on(recipe):
+        text += f"\n\nTrained on {data}."
     if data := recipe.get("data"):
         text += f"\n\nWhat these weights saw: {data}"
     return text + ("\n\nAll arguments are in `recipe.json`." if recipe else "")

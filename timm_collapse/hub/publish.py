@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError
 from timm.models._input import update_model_args
 from torch import nn
 
-from ..evaluation.report import relative_paths
+from ..evaluation.report import without_paths
 from ..models import MAR, Collapsed
 from ..models.cmar import BANK_FILE
 from ..models.mar_checkpoints import load_mar_weights
@@ -26,6 +28,7 @@ from .save import save_model
 RECIPE_FILE = "recipe.json"
 PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, RECIPE_FILE, CARD_FILE, BANK_FILE, ORDERER_FOLDER, *PICTURES)
 """All that a published folder can hold."""
+PATTERNS = [f"{name}/*" if name == ORDERER_FOLDER else name for name in PUBLISHED]
 
 
 def load_checkpoint(config: HubConfig, checkpoint: str | Path = "") -> nn.Module:
@@ -76,10 +79,14 @@ def publish_folder(
         half: Store fp16 weights; None: where the checkpoint's are.
 
     Raises:
-        CollapseError: As `load_checkpoint`, or a folder with other files.
+        CollapseError: As `load_checkpoint`, a generator whose VAE is a file, or a folder with other files.
     """
     folder, checkpoint = Path(folder), checkpoint or config.checkpoint
     model = load_checkpoint(config, checkpoint)
+    if isinstance(model, MAR) and model.vae != "pixels" and Path(model.vae).expanduser().exists():
+        raise CollapseError(f"vae: must be 'pixels' or a Hub id, so that others can load it, got {model.vae!r}")
+    recipe = _recipe_of(checkpoint)
+    config = config if str(checkpoint) == config.checkpoint else _as_trained(config, recipe)
     _clear(folder)
     model.pretrained_cfg = {**model.pretrained_cfg, **config.pretrained_cfg, "license": config.license}
     save_model(model, folder, half=half, whole=True)
@@ -87,7 +94,6 @@ def publish_folder(
         _name_orderer(folder / CONFIG_FILE, f"hf-hub:{repo_id}/{ORDERER_FOLDER}")
         if isinstance(model, Collapsed):
             update_model_args(model, orderer=f"hf-hub:{repo_id}/{ORDERER_FOLDER}")
-    recipe = _recipe_of(checkpoint)
     if recipe:
         (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=1) + "\n")
     write_card(config, model, folder, repo_id, recipe)
@@ -109,7 +115,8 @@ def push(
     when it is run again.
 
     Args:
-        folder: What `publish_folder` or `save_model` wrote; other files in it, such as checkpoints, stay.
+        folder: What `publish_folder` wrote, without the paths of this machine. Other files in it are not sent; files
+            of such names that it does not hold are deleted in the repository.
         repo_id: "ME/NAME"; made if there is none.
         revision: Branch, made if there is none; None for main.
         create_pr: Open a pull request instead.
@@ -132,7 +139,7 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr,
-            allow_patterns=[f"{name}/*" if name == ORDERER_FOLDER else name for name in PUBLISHED],
+            allow_patterns=PATTERNS, delete_patterns=PATTERNS,
         )  # fmt: skip
     except Exception as error:  # the Hub's own, the system's, and those of whatever HTTP library it uses
         raise CollapseError(_advise(error, api.endpoint, repo_id)) from error
@@ -159,12 +166,30 @@ def _name_orderer(config_file: Path, reference: str) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier call wrote: another model may have fewer files."""
+    """An empty folder in the place of what an earlier call wrote, even if it was interrupted, but of nothing else."""
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if found and (found - set(PUBLISHED) or CARD_FILE not in found):
+    ours = CARD_FILE in found and (CONFIG_FILE in found or not (folder / CARD_FILE).read_bytes())
+    if found and (found - set(PUBLISHED) or not ours):
         raise CollapseError(f"folder: {str(folder)!r} holds other files; choose an empty one")
     if found:
         shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD_FILE).touch()  # empty until the folder is whole
+
+
+def _as_trained(config: HubConfig, recipe: dict[str, Any]) -> HubConfig:
+    """The configuration of a checkpoint of somebody's own: what was measured with others' weights is not its.
+
+    Data sets, summary and commands stay where it was trained on the data set that they name.
+    """
+    trained_on = Path(str(recipe.get("arguments", {}).get("dataset", ""))).name
+    named = {Path(name).name for command in config.train for name in re.findall(r"--dataset[ =](\S+)", command)}
+    if not trained_on or trained_on in named:
+        return replace(config, results=())
+    return replace(
+        config, results=(), datasets=(), train=(), base_model="",
+        summary=f"`{config.architecture}` of timm-collapse, trained on {trained_on}.",
+    )  # fmt: skip
 
 
 def _recipe_of(checkpoint: str | Path) -> dict[str, Any]:
@@ -177,5 +202,4 @@ def _recipe_of(checkpoint: str | Path) -> dict[str, Any]:
     if not recipe.is_file():
         return {}
     values = json.loads(recipe.read_text())
-    arguments = values.get("arguments", {}).items()
-    return values | {"arguments": {k: relative_paths(v) if isinstance(v, str) else v for k, v in arguments}}
+    return without_paths(values)

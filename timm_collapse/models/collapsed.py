@@ -35,6 +35,15 @@ def check_keep(keep: float | int) -> float | int:
     )
 
 
+def parse_keep(text: str) -> float | int:
+    """A token budget as it is written: digits alone are a count (1 means all, as for `keep`), else it is a ratio."""
+    text = text.strip()
+    try:
+        return check_keep(int(text) if text.isdigit() else float(text))
+    except ValueError as error:
+        raise CollapseError(f"keep must be a number, got {text!r}") from error
+
+
 class Collapsed:
     """Mixin of every collapsed model; subclasses say where their tokens are.
 

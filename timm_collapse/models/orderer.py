@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,13 @@ class CollapseOrder(nn.Module):
         if ranking not in RANKINGS:
             raise CollapseError(f"ranking: must be one of {', '.join(RANKINGS)}, got {ranking!r}")
         check_spread(spread)
+        usable = isinstance(model, CoMAE) and ranking == "pagerank"
+        if not isinstance(refine, Real) or not 0 <= refine <= 1 or (refine and not usable):
+            kind = model if isinstance(model, str) else type(model).__name__
+            raise CollapseError(
+                "refine: must be in [0, 1], and other than 0 only for a CoMAE with the ranking 'pagerank', got "
+                f"{refine!r} for {kind} with {ranking!r}"
+            )
         self.ranking, self.damping, self.spread, self.refine = ranking, damping, spread, refine
         self.baseline_name = model if isinstance(model, str) else None
         if self.baseline_name is not None:
@@ -67,11 +75,6 @@ class CollapseOrder(nn.Module):
             return
         if not isinstance(model, (CoMAE, Ranker)):
             raise CollapseError(f"model: expected a CoMAE, a Ranker or a baseline's name, got {type(model).__name__}")
-        if refine and (not 0 < refine <= 1 or not isinstance(model, CoMAE) or ranking != "pagerank"):
-            raise CollapseError(
-                "refine: must be in [0, 1], and other than 0 only for a CoMAE with the ranking 'pagerank', got "
-                f"{refine} for a {type(model).__name__} with {ranking!r}"
-            )
         self.model = model.eval().requires_grad_(False)
         # transformers would give weights that are in none of its files random values; it empties buffers, too, and has
         # those of timm's modules made again where a module does not say that it is ready
@@ -150,7 +153,7 @@ class CollapseOrder(nn.Module):
             if grid[0] < self.grid[0] or grid[1] < self.grid[1]:
                 upto = None  # a coarser patch averages ranks: it needs the whole order
             if upto is not None and grid != self.grid:
-                upto = places_before_spreading(upto, num_patches, self.model.num_patches, self.spread)
+                upto = places_before_spreading(upto, grid, self.grid, self.spread)
             scores = self.model.rank(images, upto)
         elif self.refine:
             graph = hierarchical_dependency(self.model, images, grid, self.refine, self.damping)
@@ -193,7 +196,7 @@ def _settings(file: Path | None) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(file.read_text())
-        # older files know only the first two
-        return {name: values[name] for name in SETTINGS if name in values or name in SETTINGS[:2]}
+        # orders of older files, which know only the first two, were not spread
+        return {name: {"spread": 0.0, "refine": 0.0, **values}[name] for name in SETTINGS}
     except (ValueError, KeyError, TypeError) as error:
         raise CollapseError(f"name: {file} is damaged: {error!r}") from error

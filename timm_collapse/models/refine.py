@@ -47,6 +47,13 @@ def hierarchical_dependency(
     grid = check_grid(grid)
     if not 0 < refine <= 1:
         raise CollapseError(f"refine must be in (0, 1], got {refine}")
+    with torch.autocast(images.device.type, enabled=False):  # places of pixels are too fine for half precision
+        return _refined(model, images.float(), grid, refine, damping, progress)
+
+
+def _refined(
+    model: CoMAE, images: Tensor, grid: tuple[int, int], refine: float, damping: float, progress: bool
+) -> Tensor | HierarchicalGraph:
     side = model.img_size
     graph: Tensor | HierarchicalGraph = model.dependency(resize_images(images, (side, side)))
     level = model.grid
@@ -65,12 +72,13 @@ def _inner_graphs(model: CoMAE, images: Tensor, cells: Tensor, grid: tuple[int, 
     # no crop is shrunk by more than this resize does, which is antialiased
     most = tuple(min(size, n * model.img_size) for size, n in zip(images.shape[-2:], grid))
     images = resize_images(images, most)
-    image = torch.arange(b, device=cells.device).repeat_interleave(k)
     graphs = []
-    chunks = zip(image.split(CROPS), cells.flatten().split(CROPS), strict=True)
-    total = -(-b * k // CROPS)
-    for which, cell in tqdm(chunks, "refining", total, disable=not progress, delay=3, leave=False):
-        graphs.append(model.dependency(crop_cells(images[which], cell, grid, model.img_size)))
+    with tqdm(total=b * k, desc="refining", unit="crop", disable=not progress, delay=3, leave=False) as bar:
+        for image, row in zip(images, cells, strict=True):
+            for some in row.split(CROPS):
+                crops = crop_cells(image.expand(len(some), -1, -1, -1), some, grid, model.img_size)
+                graphs.append(model.dependency(crops))
+                bar.update(len(some))
     return torch.cat(graphs).unflatten(0, (b, k))
 
 

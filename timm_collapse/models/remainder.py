@@ -100,7 +100,7 @@ class Mixed(Prefix):
         super().__init__(budget, grid, patch_size)
         self.shapes = pyramid_shapes(budget, grid, share)
         self.splits = plan_splits(budget, self.shapes)
-        self.places = self.splits[-1] * 4 ** (len(self.shapes) - 1)
+        self.places = grid[0] * grid[1] if self.splits[-1] else 0  # cells go by the mean rank of all their patches
 
     def fill(self, selection: Selection, order: Order | None, images: Tensor, embed: Embed, positions: Positions):
         if order is None:  # nothing is split

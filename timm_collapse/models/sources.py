@@ -55,10 +55,12 @@ def download(repo: str, filename: str, cache_dir: str | Path | None = None) -> P
             if answered or attempt == ATTEMPTS - 1:
                 raise _unavailable(repo, filename, error) from error
             continue  # the connection broke, or less came than was announced
+        content, number = file.resolve(), file.stat().st_ino
         if is_intact(file):
             return file
-        file.resolve().unlink()  # else the cache would hold it for good
-        file.unlink(missing_ok=True)
+        if content.exists() and content.stat().st_ino == number:  # no other process has fetched it again
+            content.unlink(missing_ok=True)  # else the cache would hold it for good
+            file.unlink(missing_ok=True)
     raise CollapseError(
         f"pretrained: {filename} of {repo!r} is damaged: {ATTEMPTS} times its content did not have the hash that the "
         "Hub gives it"
@@ -68,6 +70,7 @@ def download(repo: str, filename: str, cache_dir: str | Path | None = None) -> P
 def find_file(repo: str, filename: str, cache_dir: str | Path | None = None) -> Path | None:
     """As `download`; None where the repository has no such file, also if only the cache remembers that."""
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
@@ -76,6 +79,10 @@ def find_file(repo: str, filename: str, cache_dir: str | Path | None = None) -> 
         name, _, revision = repo.partition("@")
         cached = try_to_load_from_cache(name, filename, cache_dir, revision or None)
         if isinstance(error.__cause__, RemoteEntryNotFoundError) or cached is _CACHED_NO_EXIST:
+            return None
+        folder = f"{filename.rpartition('/')[0]}/".lstrip("/")
+        whole = try_to_load_from_cache(name, f"{folder}{CONFIG_FILE}", cache_dir, revision or None)
+        if HF_HUB_OFFLINE and isinstance(whole, str):  # fetched by a tool that does not note what is missing
             return None
         raise
 

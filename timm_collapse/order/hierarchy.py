@@ -16,9 +16,9 @@ from .pagerank import check_damping, check_graph, pagerank
 class HierarchicalGraph:
     """Dependency graph of the patches of a fine grid.
 
-    Between patches a, b of different cells I, J it is coarse[I, J] / s: a cell's influence is shared by its s patches.
-    Inside a refined cell it is that cell's own graph; inside another cell all patches are alike, with the total that a
-    patch of the refined cells has on average.
+    Between patches a, b of cells I, J it is coarse[I, J] / s: a cell's influence is shared by its s patches. Inside a
+    cell (where the coarse graph has 0, unless it is refined itself) that cell's own graph is added if it is refined;
+    else all patches are alike, with the total that a patch of the refined cells has on average.
 
     Args:
         coarse: (B, n, n), non-negative: A[i, j] = influence of cell j on cell i; or a HierarchicalGraph of n patches,
@@ -58,6 +58,8 @@ class HierarchicalGraph:
             raise CollapseError(f"inner must be graphs of shape ({size[0]}, k, {s}, {s}), got {describe(inner)}")
         if inner.shape[1]:
             check_graph(inner.flatten(0, 1))
+        inner = inner.to(torch.promote_types(inner.dtype, torch.float32))
+        coarse = coarse.to(inner.dtype) if isinstance(coarse, Tensor) else coarse
         if not isinstance(cells, Tensor) or cells.shape != inner.shape[:2] or cells.dtype != torch.long:
             raise CollapseError(f"cells must be long, of shape {tuple(inner.shape[:2])}, got {describe(cells)}")
         if cells.numel() and not (0 <= cells.min() and cells.max() < n):
@@ -115,13 +117,14 @@ class HierarchicalGraph:
         return values.scatter(1, self._index(), refined)
 
 
-def hierarchical_pagerank(graph: Tensor | HierarchicalGraph, damping: float = 0.85, tolerance: float = 1e-9) -> Tensor:
+def hierarchical_pagerank(graph: Tensor | HierarchicalGraph, damping: float = 0.85, tolerance: float = 1e-7) -> Tensor:
     """PageRank of a hierarchical graph by power iteration; of a dense one as `pagerank`.
 
     Args:
         graph: (B, N, N), or a `HierarchicalGraph`.
         damping: As for `pagerank`.
-        tolerance: Largest sum of changes of an image's ranks at which to stop.
+        tolerance: Largest sum of changes of an image's ranks at which to stop; it also stops where rounding keeps the
+            changes from falling.
 
     Returns:
         (B, N), each row sums to 1.
@@ -134,14 +137,20 @@ def hierarchical_pagerank(graph: Tensor | HierarchicalGraph, damping: float = 0.
     if isinstance(graph, Tensor):
         return pagerank(graph, damping)
     check_damping(damping)
+    with torch.autocast(graph.inner.device.type, enabled=False):
+        return _power_iteration(graph, damping, tolerance)
+
+
+def _power_iteration(graph: HierarchicalGraph, damping: float, tolerance: float) -> Tensor:
     totals = graph.row_sums().double()
     ranks = jump = torch.full_like(totals, 1 / graph.num_patches)
     dead, totals = totals == 0, totals.masked_fill(totals == 0, 1)
-    for _ in range(10_000):
+    change = float("inf")
+    while True:
         walk = graph.influence((ranks / totals).to(graph.inner.dtype)).double()
         walk = walk + (ranks * dead).sum(1, keepdim=True) * jump  # who depends on nothing jumps
         last, ranks = ranks, (1 - damping) * jump + damping * walk
         ranks = ranks / ranks.sum(1, keepdim=True)
-        if (ranks - last).abs().sum(1).max() <= tolerance:
-            break
-    return ranks.float()
+        before, change = change, float((ranks - last).abs().sum(1).max())
+        if change <= tolerance or change >= before:
+            return ranks.float()

@@ -244,13 +244,15 @@ def check_spread(spread: float) -> None:
         raise CollapseError(f"spread must be in [0, 1], got {describe(spread)}")
 
 
-def places_before_spreading(places: int, num_patches: int, old_patches: int, spread: float) -> int:
-    """How many first places of an old order decide the first `places` of `num_patches`, on a finer grid.
+def places_before_spreading(places: int, grid: tuple[int, int], old: tuple[int, int], spread: float) -> int:
+    """How many first places of an order on the grid `old` are enough for the first `places` on a finer `grid`.
 
     Patches come by (1 - spread) x + spread y, with x and y in [0, 1): the line of those that come last cuts a triangle
-    or, above the diagonal, a trapezium from the unit square, whose area is the share of the patches.
+    or, above the diagonal, a trapezium from the unit square, whose area is the share of the patches. Where old patches
+    have different numbers of parts, all are taken to have the fewest.
     """
-    share, needed = places / num_patches, 1.0
+    old_patches = old[0] * old[1]
+    share, needed = places / (old_patches * (grid[0] // old[0]) * (grid[1] // old[1])), 1.0
     if spread <= 0.5:
         slope = spread / (1 - spread)
         needed = share + slope / 2 if share >= slope / 2 else math.sqrt(2 * slope * share)
