@@ -129,6 +129,19 @@ def test_mask_rates_of_the_schedules():
         args(order_table="x", mixup=0.2)
 
 
+def test_budgets_that_have_no_tokens_are_refused_before_the_training():
+    script = load_script()
+    model = timm.create_model("cvit_tiny_patch16", orderer="bayer", embed_dim=24, depth=1, num_heads=2)  # 14 x 14
+    script.check_budgets(script.Args(keep_schedule="49,100", remainder=["none", "mixed"], keep=0.5), model)
+    for values, message in (
+        ({"remainder": ["none", "mixed"]}, r"\(14, 14\) can be halved 1 times, to 49 cells, and keep is"),
+        ({"remainder": ["mixed"], "keep_schedule": "full", "keep": 0.22}, "to 49 cells, and keep is 43 tokens"),
+        ({"keep_schedule": "16,500"}, r"keep must be .*\[1, 196\].*got int 500"),
+    ):
+        with pytest.raises(CollapseError, match=message):
+            script.check_budgets(script.Args(**values), model)
+
+
 def test_timms_optimizer_scheduler_and_ema_take_a_cvit():
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
