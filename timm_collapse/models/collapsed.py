@@ -161,6 +161,7 @@ class Collapsed:
             order = None
         else:
             order = self.compute_order(x, upto=plan.places) if order is None else order.to(x.device)
+        self.selection.grid = grid
         images = fit_images(x, grid, self._patch_size())
         plan.fill(self.selection, order, images, self._embed_patches, lambda: self._patch_positions(grid))
 
@@ -350,11 +351,32 @@ class CollapsedTimm(Collapsed):
 
 
 class CollapsedVit(CollapsedTimm):
-    """`VisionTransformer` and `VisionTransformerDistilled`: `patch_drop` follows the position embedding."""
+    """`VisionTransformer` and `VisionTransformerDistilled`.
+
+    Where the patch embedding allows it, only the kept patches ever become tokens: time and memory do not grow with the
+    patches that there are. Else `patch_drop`, which follows the position embedding, keeps them.
+    """
 
     def _attach(self) -> None:
-        sparse_patch_embed(self.patch_embed, self.selection)
-        self.patch_drop = KeepPatches(self.selection, self.num_prefix_tokens)
+        if sparse_patch_embed(self.patch_embed, self.selection, compact=True):
+            self.patch_drop = nn.Identity()
+        else:
+            self.patch_drop = KeepPatches(self.selection, self.num_prefix_tokens)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """As timm's, for the kept patches (B, k, D), to which the remainder's tokens are appended."""
+        selection = self.selection
+        if selection.kept is None or not getattr(self.patch_embed, "compact", False):
+            return super()._pos_embed(x)
+        tokens = (self.cls_token, getattr(self, "reg_token", None), getattr(self, "dist_token", None))
+        prefix = [token.expand(len(x), -1, -1) for token in tokens if token is not None]
+        positions = self._patch_positions(selection.grid)
+        if positions is not None:
+            x = x + nn.functional.embedding(selection.kept, positions[0])
+            if prefix and not self.no_embed_class:
+                prefix = [torch.cat(prefix, 1) + self.pos_embed[:, : self.num_prefix_tokens]]
+        x = self.pos_drop(torch.cat([*prefix, x], 1))
+        return x if selection.extra is None else torch.cat([x, selection.extra.to(x.dtype)], 1)
 
 
 class CollapsedEva(CollapsedTimm):

@@ -21,6 +21,7 @@ class Selection:
         kept: (B, k) long, the numbers of the kept patches, ascending; None: all are.
         extra: (B, r, D): tokens that stand for the remainder, appended to the kept ones; None: there are none.
         places: (1 or B, r) long: the patch at the centre of what each extra token stands for (its rotary position).
+        grid: Patches (h, w) of the images.
         cover: Gives (1 or B, N) long, the extra token that stands for each patch, where it is dropped.
     """
 
@@ -29,6 +30,7 @@ class Selection:
 
     def clear(self) -> None:
         self.kept: Tensor | None = None
+        self.grid: tuple[int, int] | None = None
         self.extra: Tensor | None = None
         self.places: Tensor | None = None
         self.cover: Callable[[], Tensor] | None = None
@@ -78,12 +80,14 @@ def embed_kept(conv: nn.Conv2d, images: Tensor, kept: Tensor) -> Tensor:
 
 
 class SparsePatchEmbed(PatchEmbed):
-    """timm's `PatchEmbed` that embeds only the selected patches and leaves zeros in the places of the others.
+    """timm's `PatchEmbed` that embeds only the selected patches.
 
-    An existing patch embedding becomes one by swapping its class, see `sparse_patch_embed`.
+    An existing patch embedding becomes one by swapping its class, see `sparse_patch_embed`. Where `compact`, these are
+    all that it returns, (B, k, D); else the others are zeros in their places.
     """
 
     selection: Selection
+    compact: bool
 
     def forward(self, x: Tensor) -> Tensor:
         kept = self.selection.kept
@@ -91,11 +95,13 @@ class SparsePatchEmbed(PatchEmbed):
             return super().forward(x)
         h, w = self.dynamic_feat_size(tuple(x.shape[-2:]))
         tokens = self.norm(embed_kept(self.proj, x, kept))
+        if self.compact:
+            return tokens
         tokens = scatter_tokens(tokens, kept, tokens.new_zeros(len(x), h * w, tokens.shape[-1]))
         return tokens if self.flatten else tokens.view(len(x), h, w, -1)
 
 
-def sparse_patch_embed(embed: nn.Module, selection: Selection) -> bool:
+def sparse_patch_embed(embed: nn.Module, selection: Selection, compact: bool = False) -> bool:
     """Make a patch embedding skip dropped patches, in place; returns whether it can.
 
     It can where it is one strided convolution without padding, of tokens in NLC or NHWC layout.
@@ -105,7 +111,7 @@ def sparse_patch_embed(embed: nn.Module, selection: Selection) -> bool:
     if not embed.flatten and embed.output_fmt != Format.NHWC:
         return False
     embed.__class__ = SparsePatchEmbed
-    embed.selection = selection
+    embed.selection, embed.compact = selection, compact
     return True
 
 
