@@ -35,7 +35,7 @@ class CollapseOrder(nn.Module):
         damping: For the rankings that walk.
         seed: For the baseline "random".
         spread: How much patches of a finer grid than the model's spread over the image, in [0, 1]: see
-            `Order.resample`. The default is measured, see "Patch scaling" in docs/results.md.
+            `Order.resample`. The default is measured (docs/results.md, spread_tin100).
         refine: For a CoMAE with the ranking "pagerank", on finer grids than its own: the share of the patches that are
             looked at closer, again and again (`hierarchical_dependency`). 0: the coarse order is resampled.
 
