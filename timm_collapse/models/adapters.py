@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..order import CollapseError, Order
 from ..order.errors import describe
-from .collapsed import Collapsed, CollapsedTimm
+from .collapse_timm import CollapsedTimm
+from .collapsed import Collapsed
 from .selection import Selection, sparse_patch_embed
 
 

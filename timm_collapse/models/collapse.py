@@ -18,7 +18,8 @@ from torch import nn
 from ..order import CollapseError
 from ..order.errors import describe
 from .adapters import CollapsedBeit, CollapsedCait, CollapsedNaFlex
-from .collapsed import Collapsed, CollapsedEva, CollapsedVit, check_keep, collapsed_class
+from .collapse_timm import CollapsedEva, CollapsedVit
+from .collapsed import Collapsed, check_keep, collapsed_class
 from .hf_families import find_hf_adapter, hf_cfg, is_hf
 from .orderer import CollapseOrder
 from .sources import ORDERER_FOLDER
