@@ -218,8 +218,8 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
         ({"ema": 1.0}, r"ema: must be in \[0, 1\), got 1.0"),
         ({"warmup": 2.0}, r"warmup: must be in \[0, 1\], got 2.0"),
         ({"clip": -1.0}, "clip: must be at least 0, got -1.0"),
-        ({"lr": 0.0}, "lr: must be positive, got 0.0"),
-        ({"lr": float("nan")}, "lr: must be positive, got nan"),
+        ({"lr": -1e-3}, "lr: must be at least 0, got -0.001"),
+        ({"lr": float("nan")}, "lr: must be at least 0, got nan"),
     ],
 )
 def test_values_that_cannot_train_are_refused(values, message):

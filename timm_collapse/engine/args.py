@@ -57,17 +57,13 @@ class TrainArgs:
         for name in ("steps", "batch_size", "grad_accum", "log_every"):
             if getattr(self, name) < 1:
                 raise CollapseError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name, low, high in (
-            ("workers", 0, math.inf),
-            ("clip", 0, math.inf),
-            ("warmup", 0, 1),
-            ("ema", 0, 0.9999999),
-        ):
-            if not low <= getattr(self, name) <= high:
-                allowed = f"in [{low}, 1{')' if name == 'ema' else ']'}" if high < math.inf else f"at least {low}"
-                raise CollapseError(f"{name}: must be {allowed}, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise CollapseError(f"lr: must be positive, got {self.lr}")
+        for name in ("workers", "clip", "lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise CollapseError(f"{name}: must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise CollapseError(f"warmup: must be in [0, 1], got {self.warmup}")
+        if not 0 <= self.ema < 1:
+            raise CollapseError(f"ema: must be in [0, 1), got {self.ema}")
         self._check_model()
         if self.schedule not in ("cosine", "constant"):
             raise CollapseError(f"schedule: must be cosine or constant, got {self.schedule!r}")
