@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -44,8 +45,23 @@ def parse() -> argparse.Namespace:
 
 def measured(folder: str, args: argparse.Namespace) -> AccuracyCurve:
     """The curve of one run, from its folder if it was measured on the same images."""
-    file = Path(folder) / "accuracy.json"
-    question = {"dataset": Path(args.dataset).name, "split": args.split, "images": args.images, "keeps": list(KEEPS)}
+    return measured_once(folder, "accuracy.json", {"keeps": list(KEEPS)}, KEEPS, args)
+
+
+def measured_once(
+    folder: str, name: str, more: dict, keeps: Sequence[float], args: argparse.Namespace
+) -> AccuracyCurve:
+    """The curve of one run.
+
+    Args:
+        folder: Of the run.
+        name: Of the file in it that keeps the counts; they are taken from there if the question was the same.
+        more: What the question is, beside the images.
+        keeps: Ratios.
+        args: dataset, split, images, batch_size and precision.
+    """
+    file = Path(folder) / name
+    question = {"dataset": Path(args.dataset).name, "split": args.split, "images": args.images, **more}
     if file.exists() and (found := json.loads(file.read_text()))["question"] == question:
         return AccuracyCurve(**found["curve"])
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -53,7 +69,7 @@ def measured(folder: str, args: argparse.Namespace) -> AccuracyCurve:
     transform = eval_transform(cfg["input_size"][-1], cfg["mean"], cfg["std"])
     batches = image_batches(open_dataset(args.dataset, args.split).dataset, transform, args.images, args.batch_size)
     torch.manual_seed(0)
-    curve = accuracy_curves({"run": model}, batches, KEEPS, args.precision)["run"]
+    curve = accuracy_curves({"run": model}, batches, keeps, args.precision)["run"]
     fields = {"keeps": curve.keeps, "hits1": curve.hits1, "hits5": curve.hits5, "images": curve.images}
     file.write_text(json.dumps({"question": question, "curve": fields}) + "\n")
     return curve

@@ -108,8 +108,8 @@ def comae_order(args: argparse.Namespace) -> dict[str, float]:
     images = torch.nn.functional.interpolate(torch.randn(1, 3, 14, 14, device=device()), SIDE, mode="bicubic")
     before = peak()
     graph, seconds = clock(lambda: hierarchical_dependency(model, images, (SIDE, SIDE), progress=True))
-    _, rank_seconds = clock(lambda: hierarchical_pagerank(graph))
-    order = Order(hierarchical_pagerank(graph), graph.grid)
+    ranks, rank_seconds = clock(lambda: hierarchical_pagerank(graph))
+    order = Order(ranks, graph.grid)
     found = {"patches": graph.num_patches, "seconds": seconds, "pagerank_seconds": rank_seconds}
     _, found["resample_seconds"] = clock(lambda: order.resample((SIDE, SIDE)).ranks)
     return {**found, "peak": peak(), "before": before}

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import timm
 import torch
+from cvit_accuracy import measured_once
 from timm.data import resolve_model_data_config
 
 import timm_collapse  # noqa: F401  (registers the models)
-from timm_collapse.data import eval_transform, open_dataset
-from timm_collapse.evaluation import AccuracyCurve, accuracy_curves, image_batches
+from timm_collapse.evaluation import AccuracyCurve
 from timm_collapse.evaluation.cost import autocast, count_macs, images_per_second
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.hub import weights_hash
@@ -53,31 +53,18 @@ def load(folder: str):
     return model, sorted({resolve_keep(budget, patches) for budget in schedule})
 
 
-def measured(folder: str, args: argparse.Namespace) -> AccuracyCurve:
-    """Accuracy of one run at its budgets, from its folder if it was measured on the same images."""
-    file = Path(folder) / "scaling.json"
-    model, budgets = load(folder)
-    question = {"dataset": Path(args.dataset).name, "split": args.split, "images": args.images, "budgets": budgets,
-                "precision": args.precision, "weights": weights_hash(model)}  # fmt: skip
-    if file.exists() and (found := json.loads(file.read_text()))["question"] == question:
-        return AccuracyCurve(**found["curve"])
-    cfg = resolve_model_data_config(model)
-    transform = eval_transform(cfg["input_size"][-1], cfg["mean"], cfg["std"])
-    batches = image_batches(open_dataset(args.dataset, args.split).dataset, transform, args.images, args.batch_size)
-    torch.manual_seed(0)
+def measured(folder: str, model, budgets: list[int], args: argparse.Namespace) -> AccuracyCurve:
+    """Accuracy of one run at its budgets, from its folder if the same was measured before."""
+    question = {"budgets": budgets, "precision": args.precision, "weights": weights_hash(model)}
     keeps = [budget / model.patch_embed.num_patches for budget in budgets]
-    curve = accuracy_curves({"run": model}, batches, keeps, args.precision)["run"]
-    fields = {"keeps": curve.keeps, "hits1": curve.hits1, "hits5": curve.hits5, "images": curve.images}
-    file.write_text(json.dumps({"question": question, "curve": fields}) + "\n")
-    return curve
+    return measured_once(folder, "scaling.json", question, keeps, args)
 
 
 @torch.no_grad()
-def costs(folders: dict[str, str], args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
+def costs(models: dict[str, tuple], args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
     """Name -> budget -> multiply-accumulates an image and images a second, all timed in turn."""
     calls = {}
-    for name, folder in folders.items():
-        model, budgets = load(folder)
+    for name, (model, budgets) in models.items():
         images = torch.randn(args.batch_size, *resolve_model_data_config(model)["input_size"])
         for budget in budgets:
             keep = budget if budget < model.patch_embed.num_patches else 1.0
@@ -90,16 +77,18 @@ def costs(folders: dict[str, str], args: argparse.Namespace) -> dict[str, dict[i
     with autocast(torch.device("cpu"), args.precision):
         speeds = images_per_second(calls, args.batch_size, args.timed)
         found = {key: {"macs": count_macs(call) / args.batch_size, "speed": speeds[key]} for key, call in calls.items()}
-    return {name: {budget: found[name, budget] for n, budget in found if n == name} for name in folders}
+    return {name: {budget: found[name, budget] for n, budget in found if n == name} for name in models}
 
 
 def main() -> None:
     args = parse()
     runs = {name: folders.split(",") for name, folders in (run.split("=", 1) for run in args.run)}
-    curves = {name: [measured(folder, args) for folder in folders] for name, folders in runs.items()}
+    loaded = {name: [load(folder) for folder in folders] for name, folders in runs.items()}
+    curves = {name: [measured(folder, *pair, args) for folder, pair in zip(runs[name], loaded[name])] for name in runs}
     if args.measure_only:
         return
-    found = costs({name: folders[0] for name, folders in runs.items()}, args)
+    models = {name: pairs[0] for name, pairs in loaded.items()}
+    found = costs(models, args)
     points, numbers = {}, {}
     for name, seeds in curves.items():
         budgets = sorted(found[name])
@@ -125,7 +114,7 @@ def main() -> None:
         for name, v in numbers.items()
     ]
     first = next(iter(curves.values()))[0]
-    embeds = [load(folders[0])[0].patch_embed for folders in runs.values()]
+    embeds = [model.patch_embed for model, _ in models.values()]
     size = embeds[0].img_size[0]
     sizes = sorted({(embed.patch_size[0], embed.num_patches) for embed in embeds}, reverse=True)
     patches = ", ".join(f"{count:,} of {side} px" for side, count in sizes)

@@ -38,8 +38,7 @@ def plot_accuracy(
     axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
     lines = []
     for i, (name, curve) in enumerate(curves.items()):
-        style = {"color": LINE_COLOURS[i % len(LINE_COLOURS)],
-                 "linestyle": LINE_STYLES[i // len(LINE_COLOURS) % len(LINE_STYLES)]}  # fmt: skip
+        style = _style(i)
         values, errors = getattr(curve, points), getattr(curve, f"{points}_error")
         if len(curve.keeps) == 1:
             lines.append(axes[0].axhline(values[0], color=style["color"], linestyle=":", linewidth=1.6))
@@ -59,11 +58,7 @@ def plot_accuracy(
         axes[1].set_xlim(left=0)
         _plain_axes(axes[1])
     labels = [name if curve.knee is None else f"{name}  (knee at {curve.knee:.0%})" for name, curve in curves.items()]
-    legend = axes[-1].legend(
-        lines, labels, fontsize=TICK, frameon=False, alignment="left", loc="upper left", bbox_to_anchor=(1.0, 1.0)
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # names may hold dollar signs
+    _legend(axes[-1], lines, labels)
     return figure
 
 
@@ -81,21 +76,32 @@ def plot_budgets(points: Mapping[str, Sequence[tuple[float, float, float, float]
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for i, (name, values) in enumerate(points.items()):
-        style = {"color": LINE_COLOURS[i % len(LINE_COLOURS)],
-                 "linestyle": LINE_STYLES[i // len(LINE_COLOURS) % len(LINE_STYLES)]}  # fmt: skip
         tokens, accuracy, errors, speeds = zip(*values, strict=True)
         for ax, x in zip(axes, (tokens, speeds)):
-            ax.errorbar(x, accuracy, errors, linewidth=1.6, marker=".", markersize=8, label=name, **style)
+            ax.errorbar(x, accuracy, errors, linewidth=1.6, marker=".", markersize=8, label=name, **_style(i))
     for ax, label in zip(axes, ("tokens", "images per second, order included")):
         ax.set_xscale("log", base=2 if label == "tokens" else 10)
         ax.set_xlabel(label, fontsize=LABEL)
         _plain_axes(ax)
     axes[0].xaxis.set_major_formatter(ScalarFormatter())
     axes[0].set_ylabel("top-1 accuracy (%)", fontsize=LABEL)
-    legend = axes[1].legend(fontsize=TICK, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    _legend(axes[1])
     return figure
+
+
+def _style(i: int) -> dict:
+    """Colour and stroke of the line with number i."""
+    return {"color": LINE_COLOURS[i % len(LINE_COLOURS)],
+            "linestyle": LINE_STYLES[i // len(LINE_COLOURS) % len(LINE_STYLES)]}  # fmt: skip
+
+
+def _legend(ax: Axes, *lines_and_labels) -> None:
+    """Right of the axes; of all labelled lines where none are given."""
+    legend = ax.legend(
+        *lines_and_labels, fontsize=TICK, frameon=False, alignment="left", loc="upper left", bbox_to_anchor=(1.0, 1.0)
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names may hold dollar signs
 
 
 def _line(ax: Axes, x: Sequence[float], y: Sequence[float], style: dict):

@@ -187,10 +187,11 @@ def main() -> None:
 def check_budgets(args: Args, model) -> None:
     """Raises CollapseError where the model has no tokens for a budget, before the training meets it."""
     grid = model.patch_embed.grid_size
+    quantiles = (*(step / 100 for step in range(100)), 1 - 1e-9)
+    budgets = [resolve_keep(keep, grid[0] * grid[1]) for keep in (args.keep, *map(args.budget, quantiles))]
     for remainder in args.remainder:
         model.remainder = remainder
-        for keep in (args.keep, *(args.budget(step / 100) for step in range(100))):
-            model._plan(resolve_keep(keep, grid[0] * grid[1]), grid)
+        model._plan(min(budgets), grid)  # what has tokens for the smallest budget has them for all
 
 
 def weights_of(folder: str) -> dict:

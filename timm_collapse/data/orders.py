@@ -30,7 +30,6 @@ class Indexed(Dataset):
 
     def __getitem__(self, index: int):
         image, _ = read_sample(self.dataset, index)
-        image = image.convert("RGB")
         return (self.transform(image) if self.transform else image), index
 
 

@@ -84,11 +84,11 @@ class _Keyed(Dataset):
             label = int(label)
         except (TypeError, ValueError):
             label = -1  # none, or several
-        return self.transform(image.convert("RGB")), key_of(self.dataset, index), label
+        return self.transform(image), key_of(self.dataset, index), label
 
 
 def read_sample(dataset: Dataset, index: int) -> tuple[Image.Image, object]:
-    """(image, label) at an index; timm's data sets would give another image in the place of one that is unreadable.
+    """(RGB image, label) at an index; timm's data sets would give another image in the place of one that is unreadable.
 
     Raises:
         CollapseError: The image cannot be decoded.
@@ -97,14 +97,14 @@ def read_sample(dataset: Dataset, index: int) -> tuple[Image.Image, object]:
         return read_sample(dataset.dataset, int(dataset.index[index]))
     reader = getattr(dataset, "reader", None)
     if reader is None:
-        return dataset[index]
+        image, label = dataset[index]
+        return image.convert("RGB"), label
     try:
         image, label = reader[index]
         image = image if isinstance(image, Image.Image) else Image.open(image)
-        image.load()
+        return image.convert("RGB"), label  # decodes it
     except Exception as error:  # Pillow's, the system's, and those of whatever reader it is
         raise CollapseError(f"dataset: the image {key_of(dataset, index)!r} cannot be decoded: {error}") from error
-    return image, label
 
 
 def key_of(dataset: Dataset, index: int) -> str:

@@ -62,7 +62,7 @@ def _metadata(config: HubConfig, repo_id: str, accuracies: dict[float, float], r
         EvalResult(
             task_type=config.task,
             dataset_type=config.datasets[0] if config.datasets else "custom",
-            dataset_name=config.datasets[0] if config.datasets else _trained_on(recipe) or "custom",
+            dataset_name=config.datasets[0] if config.datasets else trained_on(recipe) or "custom",
             metric_type="accuracy",
             metric_name=f"top-1 at keep {keep:g}",
             metric_value=round(accuracy, 2),
@@ -171,7 +171,8 @@ def _accuracies(recipe: dict[str, Any]) -> dict[float, float]:
     return {float(keep): float(value) for keep, value in measured.items()}
 
 
-def _trained_on(recipe: dict[str, Any]) -> str:
+def trained_on(recipe: dict[str, Any]) -> str:
+    """The name of the data set of a recipe, without its folder; "" where there is none."""
     return Path(str(recipe.get("arguments", {}).get("dataset", ""))).name
 
 
@@ -183,7 +184,7 @@ def _training(config: HubConfig, recipe: dict[str, Any]) -> str:
     text = "## Training"
     if config.train:
         text += "\n\n```bash\n" + "\n".join(config.train) + "\n```"
-    elif data := _trained_on(recipe):
+    elif data := trained_on(recipe):
         text += f"\n\nTrained on {data}."
     if data := recipe.get("data"):
         text += f"\n\nWhat these weights saw: {data}"

@@ -20,7 +20,7 @@ from ..models.cmar import BANK_FILE
 from ..models.mar_checkpoints import load_mar_weights
 from ..models.sources import CONFIG_FILE, ORDERER_FOLDER, WEIGHTS_FILE, explain, http_status
 from ..order import CollapseError
-from .card import CARD_FILE, write_card
+from .card import CARD_FILE, trained_on, write_card
 from .config import HubConfig
 from .pictures import PICTURES
 from .save import save_model
@@ -182,13 +182,13 @@ def _as_trained(config: HubConfig, recipe: dict[str, Any]) -> HubConfig:
 
     Data sets, summary and commands stay where it was trained on the data set that they name.
     """
-    trained_on = Path(str(recipe.get("arguments", {}).get("dataset", ""))).name
+    dataset = trained_on(recipe)
     named = {Path(name).name for command in config.train for name in re.findall(r"--dataset[ =](\S+)", command)}
-    if not trained_on or trained_on in named:
+    if not dataset or dataset in named:
         return replace(config, results=())
     return replace(
         config, results=(), datasets=(), train=(), base_model="",
-        summary=f"`{config.architecture}` of timm-collapse, trained on {trained_on}.",
+        summary=f"`{config.architecture}` of timm-collapse, trained on {dataset}.",
     )  # fmt: skip
 
 

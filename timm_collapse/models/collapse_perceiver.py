@@ -6,10 +6,8 @@ but a position tells one token from another: any of them can be dropped.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..order import CollapseError
-from ..order.errors import describe
 from .collapse_hf import CollapsedHf, Part
 from .transformer import gather_tokens
 
@@ -46,17 +44,10 @@ class CollapsedPerceiver(CollapsedHf):
             value = super()._argument("inputs", args, kwargs)
         return value
 
-    def _image_grid(self, x: Tensor) -> tuple[int, int]:
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            raise CollapseError(f"pixel_values must be a tensor of shape (B, C, H, W), got {describe(x)}")
-        size, own = tuple(x.shape[-2:]), self.config.image_size
-        learned = hasattr(self._preprocessor().position_embeddings, "position_embeddings")
-        if learned and not self._interpolate and size != (own, own):
-            raise CollapseError(
-                f"pixel_values must be {(own, own)} pixels, the model's image_size, got {size}; "
-                "interpolate_pos_encoding=True lifts it"
-            )
-        return size
+    @property
+    def any_size(self) -> bool:
+        """Fourier features are made for the size of the image; learned positions are of one size."""
+        return not hasattr(self._preprocessor().position_embeddings, "position_embeddings")
 
     def _patch_size(self) -> tuple[int, int]:
         return 1, 1

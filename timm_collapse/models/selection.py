@@ -93,10 +93,10 @@ class SparsePatchEmbed(PatchEmbed):
         kept = self.selection.kept
         if kept is None:
             return super().forward(x)
-        h, w = self.dynamic_feat_size(tuple(x.shape[-2:]))
         tokens = self.norm(embed_kept(self.proj, x, kept))
         if self.compact:
             return tokens
+        h, w = self.dynamic_feat_size(tuple(x.shape[-2:]))
         tokens = scatter_tokens(tokens, kept, tokens.new_zeros(len(x), h * w, tokens.shape[-1]))
         return tokens if self.flatten else tokens.view(len(x), h, w, -1)
 

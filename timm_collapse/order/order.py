@@ -78,9 +78,7 @@ class Order:
         if values_readable() and not scores.isfinite().all():
             raise CollapseError("scores must be finite, got infinite ones")
         largest = scores.abs().amax(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-        spread = bayer_ranks(grid).argsort().to(scores.device)
-        indices = spread[stable_argsort((scores.double() / largest * 2**20).round()[:, spread], descending=True)]
-        return cls._from_permutations(grid, indices, _inverted(indices))
+        return cls._coarse_to_fine((scores.double() / largest * -(2**20)).round(), grid, bayer_ranks(grid))
 
     @classmethod
     def _from_permutations(cls, grid: tuple[int, int], indices: Tensor, ranks: Tensor) -> Order:
@@ -88,6 +86,14 @@ class Order:
         order = cls((num_patches - ranks).float() / num_patches, grid)
         order._indices, order._ranks = indices, ranks
         return order
+
+    @classmethod
+    def _coarse_to_fine(cls, values: Tensor, grid: tuple[int, int], bayer: Tensor) -> Order:
+        """By ascending values (B, N); equal ones come by their Bayer ranks (N,)."""
+        # a stable sort of patches that are already laid out coarse to fine breaks the ties coarse to fine
+        layout = bayer.argsort().to(values.device)
+        indices = layout[stable_argsort(values[:, layout])]
+        return cls._from_permutations(grid, indices, _inverted(indices))
 
     @staticmethod
     def cat(orders: Sequence[Order]) -> Order:
@@ -215,20 +221,17 @@ class Order:
         if shared not in (grid, self._grid):
             return self.resample(shared).resample(grid, spread)
 
-        values = self.ranks.view(-1, 1, *self._grid)
+        values, bayer = self.ranks.view(-1, 1, *self._grid), bayer_ranks(grid)
         if shared == grid:
             values = F.adaptive_avg_pool2d(values.float(), grid)
         else:
             rows, columns = (_parents(new, old, values.device) for new, old in zip(grid, self._grid, strict=True))
             values = values[:, :, rows[:, None], columns]
             if spread:
-                place = _place_in_parent(rows[:, None] * self._grid[1] + columns, bayer_ranks(grid).to(values.device))
+                place = _place_in_parent(rows[:, None] * self._grid[1] + columns, bayer.to(values.device))
                 values = (1 - spread) / self.num_patches * values.double() + spread * place
                 values = (values * 2**30).round()  # equal sums are equal
-        # a stable sort of patches that are already laid out coarse to fine breaks the ties coarse to fine
-        spread = bayer_ranks(grid).argsort().to(values.device)
-        indices = spread[stable_argsort(values.flatten(1)[:, spread])]
-        return Order._from_permutations(grid, indices, _inverted(indices))
+        return Order._coarse_to_fine(values.flatten(1), grid, bayer)
 
 
 def stable_argsort(values: Tensor, descending: bool = False) -> Tensor:
