@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm_collapse.data import eval_transform, open_dataset, train_transform
 from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
 from timm_collapse.evaluation import image_batches
-from timm_collapse.hub import save_model
+from timm_collapse.hub.save import save_model
 
 
 @dataclass

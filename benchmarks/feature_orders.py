@@ -19,7 +19,7 @@ from timm_collapse import CollapseOrder, Order
 from timm_collapse.data import eval_transform, open_dataset
 from timm_collapse.evaluation import image_batches
 from timm_collapse.evaluation.report import markdown_table, write_section
-from timm_collapse.models.feature_lesson import FeatureLesson, output_distance
+from timm_collapse.lessons.features import FeatureLesson, output_distance
 from timm_collapse.order import BASELINES, image_dependence
 
 KEEPS = (0.5, 0.22, 0.1)

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from .data import eval_transform, open_dataset, train_transform
 from .engine import Run, TrainArgs
 from .evaluation import UncertaintyCurve, uncertainty_curve
-from .hub import save_model
-from .models import CollapseOrder, Lesson, alternate
+from .hub.save import save_model
+from .lessons.comae import alternate
+from .lessons.pixels import Lesson
+from .models import CollapseOrder
 from .models.registry import TIN_MEAN, TIN_STD
 from .order import Order, image_dependence, spearman
-from .plots import plot_class_heatmap, plot_dependency, plot_order, plot_training, plot_uncertainty, save
+from .plots.figures import plot_class_heatmap, plot_dependency, plot_order, plot_training, plot_uncertainty, save
 
 SIZE, PATCH = 16, 2  # 8 px digits, enlarged twice: a grid of 8 x 8 patches
 SHAPE = {"img_size": SIZE, "patch_size": PATCH}

@@ -38,11 +38,11 @@ from timm_collapse.engine import (
     processes,
     run_script,
 )
-from timm_collapse.hub import save_model
+from timm_collapse.hub.mar_checkpoints import load_mar_weights
+from timm_collapse.hub.save import save_model
 from timm_collapse.models import MAR
 from timm_collapse.models.diffusion import NUM_TIMESTEPS
 from timm_collapse.models.mar import mask_rate
-from timm_collapse.models.mar_checkpoints import load_mar_weights
 from timm_collapse.order import Order, jitter_order, mix_random, tokens_per_step
 
 

@@ -14,8 +14,8 @@ import timm
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse.data import open_dataset, train_transform
 from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
-from timm_collapse.hub import save_model
-from timm_collapse.models.comae import alternate
+from timm_collapse.hub.save import save_model
+from timm_collapse.lessons.comae import alternate
 
 
 @dataclass

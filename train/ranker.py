@@ -24,9 +24,9 @@ import torch
 from timm_collapse import CollapseError, Ranker, collapse
 from timm_collapse.data import open_dataset, train_transform
 from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
-from timm_collapse.hub import load_weights, save_model
-from timm_collapse.models.feature_lesson import FeatureLesson
-from timm_collapse.models.lesson import Lesson
+from timm_collapse.hub.save import load_weights, save_model
+from timm_collapse.lessons.features import FeatureLesson
+from timm_collapse.lessons.pixels import Lesson
 
 
 @dataclass

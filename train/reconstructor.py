@@ -13,7 +13,7 @@ import timm
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse.data import open_dataset, train_transform
 from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
-from timm_collapse.hub import load_weights, save_model
+from timm_collapse.hub.save import load_weights, save_model
 
 
 @dataclass

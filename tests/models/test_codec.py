@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from timm_collapse.models import PixelCodec, VaeCodec, latent_scale, load_codec, vae_weights
-from timm_collapse.models.vae_weights import convert_kl16, kl16_config, load_kl16
+from timm_collapse.hub import vae_weights
+from timm_collapse.hub.vae_weights import convert_kl16, kl16_config, load_kl16
+from timm_collapse.models import PixelCodec, VaeCodec, latent_scale, load_codec
 from timm_collapse.order import CollapseError
 
 WIDTHS = (32, 32, 64, 64, 128)

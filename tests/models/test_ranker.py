@@ -5,7 +5,8 @@ import torch
 import timm_collapse  # noqa: F401
 from timm_collapse import CollapseError, CollapseOrder
 from timm_collapse.evaluation import count_macs
-from timm_collapse.models import Lesson, unpatchify
+from timm_collapse.lessons.pixels import Lesson
+from timm_collapse.models import unpatchify
 from timm_collapse.models.ranker import Ranker
 
 SMALL = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1, "rank": 8, "phases": (0.0, 0.25, 0.5)}

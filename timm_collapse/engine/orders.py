@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data import OrderTable, write_orders
 from ..data.order_shards import is_whole
 from ..data.units import MapUnits
-from ..hub import weights_hash
+from ..hub.save import weights_hash
 from ..models import CollapseOrder, CoMAE
 from ..order import Order
 from .run import Run

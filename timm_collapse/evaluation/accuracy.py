@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..models.collapse import collapse
-from ..models.collapsed import Collapsed
+from ..collapse.base import Collapsed
+from ..collapse.convert import collapse
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, Order, resolve_keep
 from .cost import autocast

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..images import load_photo
+from ..data.images import load_photo
 from ..order import CollapseError
 from .feature_statistics import open_npz
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..collapse.base import Collapsed
 from ..evaluation.report import RESULTS, markdown_table, read_section
-from ..models import MAR, Collapsed, CollapseOrder
+from ..models import MAR, CollapseOrder
 from .config import TASKS, HubConfig
 from .pictures import Picture, draw_picture
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..images import photo_tensor
-from ..models import MAR, Collapsed, CollapseOrder, CoMAE, Ranker
+from ..collapse.base import Collapsed
+from ..data.images import photo_tensor
+from ..models import MAR, CollapseOrder, CoMAE, Ranker
 from ..order import CollapseError
-from ..plots import plot_kept, plot_order, save
-from ..plots_generation import plot_samples
+from ..plots.figures import plot_kept, plot_order, save
+from ..plots.generation import plot_samples
 
 CREDIT = "Photos: scikit-learn's flower.jpg (vultilion) and china.jpg (T. Liu), CC BY 2.0"
 PICTURES = ("samples.png", "kept.png", "order.png")

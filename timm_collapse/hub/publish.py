@@ -14,14 +14,15 @@ from safetensors import SafetensorError
 from timm.models._input import update_model_args
 from torch import nn
 
+from ..collapse.base import Collapsed
 from ..evaluation.report import without_paths
-from ..models import MAR, Collapsed
+from ..models import MAR
 from ..models.cmar import BANK_FILE
-from ..models.mar_checkpoints import load_mar_weights
-from ..models.sources import CONFIG_FILE, ORDERER_FOLDER, WEIGHTS_FILE, explain, http_status
 from ..order import CollapseError
 from .card import CARD_FILE, trained_on, write_card
 from .config import HubConfig
+from .download import CONFIG_FILE, ORDERER_FOLDER, WEIGHTS_FILE, explain, http_status
+from .mar_checkpoints import load_mar_weights
 from .pictures import PICTURES
 from .save import save_model
 

@@ -15,11 +15,12 @@ from timm.models import save_for_hf
 from timm.models._input import update_model_args
 from torch import nn
 
-from ..models import MAR, Collapsed, CollapseOrder
+from ..collapse.base import Collapsed
+from ..models import MAR, CollapseOrder
 from ..models.cmar import BANK_FILE
 from ..models.orderer import SETTINGS
-from ..models.sources import CONFIG_FILE, ORDERER_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
 from ..order import CollapseError
+from .download import CONFIG_FILE, ORDERER_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
 
 
 def save_model(

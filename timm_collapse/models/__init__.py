@@ -1,12 +1,8 @@
-"""nn.Modules. Importing this registers every model with timm."""
+"""nn.Modules. Importing this registers the orderers and generators with timm."""
 
-from . import cmar, cvit  # noqa: F401  (registers the mar_*, cmar_* and cvit_* models)
+from . import cmar  # noqa: F401  (registers the mar_* and cmar_* models)
 from .codec import PixelCodec, VaeCodec, latent_scale, load_codec
-from .collapse import collapse
-from .collapsed import Collapsed
-from .comae import CoMAE, alternate
-from .feature_lesson import FeatureLesson
-from .lesson import Lesson
+from .comae import CoMAE
 from .mar import MAR
 from .orderer import CollapseOrder
 from .ranker import Ranker
@@ -16,9 +12,6 @@ from .tokenizer import PixelTokenizer, VaeTokenizer, patchify, unpatchify
 __all__ = [
     "CoMAE",
     "CollapseOrder",
-    "Collapsed",
-    "FeatureLesson",
-    "Lesson",
     "MAR",
     "PixelCodec",
     "PixelTokenizer",
@@ -27,8 +20,6 @@ __all__ = [
     "Reconstructor",
     "VaeCodec",
     "VaeTokenizer",
-    "alternate",
-    "collapse",
     "latent_scale",
     "load_codec",
     "patchify",

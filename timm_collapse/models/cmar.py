@@ -6,9 +6,9 @@ from typing import Any
 
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 
+from ..hub.download import find_beside
 from .mar import MAR
 from .registry import build, pixel_cfg
-from .sources import find_beside
 
 BANK_FILE = "order_bank.safetensors"
 """The order bank, beside model.safetensors."""

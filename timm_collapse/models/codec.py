@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..hub.vae_weights import load_kl16, load_vae
 from ..order import CollapseError, check_images
-from .vae_weights import load_kl16, load_vae
 
 WEIGHT_FILES = (".safetensors", ".ckpt", ".pth", ".pt")
 

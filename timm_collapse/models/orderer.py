@@ -12,13 +12,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..hub.download import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, bundled_models, download, find_file
 from ..order import BASELINES, RANKINGS, CollapseError, Order, baseline_scores, check_grid, check_images, rank_graph
 from ..order.hierarchy import hierarchical_pagerank
 from ..order.order import check_spread, places_before_spreading
 from .comae import CoMAE
 from .ranker import Ranker
 from .refine import hierarchical_dependency
-from .sources import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, bundled_models, download, find_file
 from .tokenizer import resize_images
 
 SETTINGS = ("ranking", "damping", "spread", "refine")

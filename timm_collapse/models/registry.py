@@ -7,8 +7,8 @@ from typing import Any
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
+from ..hub.download import WEIGHTS, local_weights
 from ..order import CollapseError
-from .sources import WEIGHTS, local_weights
 
 TIN_MEAN, TIN_STD = (0.480, 0.448, 0.398), (0.277, 0.269, 0.282)
 

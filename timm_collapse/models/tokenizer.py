@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..hub.vae_weights import load_vae
 from ..order import CollapseError, check_images
-from .vae_weights import load_vae
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

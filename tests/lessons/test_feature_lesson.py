@@ -1,0 +1,151 @@
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from timm_collapse import CollapseError, Order, Ranker
+from timm_collapse.collapse.remainder import Prefix
+from timm_collapse.lessons.features import FeatureLesson
+
+SHAPE = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+class Draws:
+    """The random numbers that a `Run` gives."""
+
+    def __init__(self, seed: int = 0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def rand(self, *shape):
+        return torch.rand(*shape, generator=self.generator)
+
+    def randint(self, low, high):
+        return int(torch.randint(low, high, (), generator=self.generator))
+
+    def uniform(self):
+        return float(torch.rand((), generator=self.generator))
+
+
+def small_ranker(**kwargs) -> Ranker:
+    torch.manual_seed(1)
+    return Ranker(img_size=32, patch_size=8, dim=32, depth=1, rank=4, phases=(0.0, 0.3), **kwargs)
+
+
+@pytest.mark.parametrize("remainder", ["none", "fused", "coarse"])
+@pytest.mark.parametrize("policy", [False, True])
+def test_sets_and_errors(remainder, policy):
+    vit = timm.create_model("cvit_tiny_patch4_32", patch_size=8, num_classes=5, **SHAPE)
+    torch.nn.init.normal_(vit.head.weight)  # timm's is 0: all outputs would be equal
+    lesson, images = FeatureLesson(vit, num_sets=4, remainders=(remainder,)), torch.randn(3, 3, 32, 32)
+    sizes = set()
+    for seed in range(8):
+        visible, revealed, errors = lesson(images, Draws(seed), small_ranker() if policy else None, images)
+        assert visible.shape == (3, 16) and revealed.shape == (3, 4, 16) and errors.shape == (3, 4)
+        assert (revealed | ~visible.unsqueeze(1)).all()  # every set holds the visible one
+        size = revealed.sum(-1).unique()
+        assert len(size) == 1  # all sets are of one size
+        sizes.add(int(size))
+        whole = timm_output(vit, images, 1.0).log_softmax(-1)
+        for i in range(4):
+            seen = timm_output(vit, images, vit.keep, Order(revealed[:, i].float(), (4, 4))).log_softmax(-1)
+            slow = (whole.exp() * (whole - seen)).sum(-1).clamp_min(0).sqrt()
+            assert torch.allclose(errors[:, i], slow, atol=1e-3)
+    assert len(sizes) > 2
+
+
+@torch.no_grad()
+def timm_output(vit, images, keep, order=None):
+    before, vit.keep = vit.keep, keep
+    output = vit(images, order=order)
+    vit.keep = before
+    return output
+
+
+def test_without_a_classifier_features_are_compared():
+    vit = timm.create_model("cvit_tiny_patch4_32", patch_size=8, num_classes=0, **SHAPE)
+    images = torch.randn(2, 3, 32, 32)
+    _, revealed, errors = FeatureLesson(vit, num_sets=2)(images, Draws(), None, images)
+    whole = timm_output(vit, images, 1.0)
+    seen = timm_output(vit, images, vit.keep, Order(revealed[:, 1].float(), (4, 4)))
+    assert torch.allclose(errors[:, 1], (1 - F.cosine_similarity(seen, whole)).sqrt(), atol=1e-3)
+
+
+class OnePatchMatters:
+    """Stands for a ViT whose output is known exactly where the brightest patch is among the visible ones."""
+
+    num_classes, remainder = 2, "none"
+
+    def __init__(self):
+        self.keep = 1.0
+
+    def eval(self):
+        return self
+
+    def requires_grad_(self, flag):
+        return self
+
+    def parameters(self):
+        return iter([torch.zeros(())])
+
+    def modules(self):
+        return iter(())
+
+    def _image_grid(self, images):
+        return (4, 4)
+
+    def _plan(self, budget, grid):
+        return Prefix(budget, grid, (8, 8))
+
+    def __call__(self, images, order=None):
+        brightest = F.avg_pool2d(images.mean(1, keepdim=True), 8).flatten(1).argmax(1, keepdim=True)
+        known = torch.ones(len(images)) if order is None else order.mask(self.keep).gather(1, brightest)[:, 0].float()
+        return torch.stack([3.0 * known, torch.zeros(len(images))], 1)
+
+
+def test_ranker_learns_the_patch_that_decides():
+    torch.manual_seed(0)
+    ranker, lesson, draws = small_ranker(), FeatureLesson(OnePatchMatters(), num_sets=6), Draws(3)
+    optimizer = torch.optim.AdamW(ranker.parameters(), lr=3e-3)
+
+    def images(batch):
+        flat = 0.3 * torch.randn(batch, 3, 32, 32)
+        place = torch.randint(0, 16, (batch,))
+        for i, n in enumerate(place.tolist()):
+            flat[i, :, 8 * (n // 4) : 8 * (n // 4) + 8, 8 * (n % 4) : 8 * (n % 4) + 8] += 1.5
+        return flat, place
+
+    def found():
+        batch, place = images(200)
+        return (ranker.rank(batch).argmax(1) == place).float().mean().item()
+
+    before = found()
+    for step in range(120):
+        batch, _ = images(32)
+        out = ranker(batch, *lesson(batch, draws, ranker if step > 20 and step % 2 else None, batch))
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+    assert before < 0.4 and found() > 0.9, (before, found())
+
+
+def test_set_losses_are_shares_of_the_variance_among_sets():
+    ranker = small_ranker()
+    images, visible = torch.randn(2, 3, 32, 32), torch.zeros(2, 16, dtype=torch.bool)
+    revealed = torch.rand(2, 5, 16).argsort(-1) < 4
+    with torch.no_grad():
+        from timm_collapse.order import expected_errors
+
+        predicted = expected_errors(*ranker.factors(ranker.static(images), visible), revealed).mean(-1)
+    right = ranker(images, visible, revealed, predicted)
+    assert right["unexplained"] < 1e-6 and right["level"] < 1e-6
+    shifted = ranker(images, visible, revealed, predicted + 0.5)
+    assert shifted["unexplained"] < 1e-5 and math.isclose(shifted["level"].item(), 0.25, rel_tol=1e-4)
+    flat = ranker(images, visible, revealed, 1000 * torch.randn(2, 5))
+    assert math.isclose(flat["unexplained"].item(), 1.0, rel_tol=1e-2)  # a prediction that knows nothing
+
+
+def test_one_set_is_refused():
+    with pytest.raises(CollapseError, match="sets: must be at least 2"):
+        FeatureLesson(OnePatchMatters(), num_sets=1)

@@ -1,0 +1,285 @@
+"""`timm-collapse evaluate`: accuracy, cost and speed of vision transformers that see only the first patches.
+
+What is heavy is imported inside the functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import DatasetInfo
+
+DEFAULT_ORDERERS = ("random", "collapse_ranker_tiny_224")
+SHOWN = (1.0, 0.7, 0.5, 0.22)  # columns of the table, where more keeps than MAX_COLUMNS are measured: the paper's
+MAX_COLUMNS = 6
+
+DESCRIPTION = (
+    "Measures how accurate a classifier stays when it sees only the first patches of an order. A model that is not "
+    "collapsed is collapsed with each orderer, training-free; each image is ordered once for all keeps. Reports top-1 "
+    "and top-5 accuracy with standard errors, the mean top-1 over all shares of masked patches (AuC), the knee of the "
+    "curve, and what each keep costs: MACs and measured images per second, order included."
+)
+EXAMPLE = """timm-collapse evaluate vit_base_patch16_224.augreg2_in21k_ft_in1k --orderers random \\
+      collapse_ranker_tiny_224 --dataset imagenet --split validation --precision bf16 --json table5.json
+
+  the paper's Table 5 (top-1 at 100, 70, 50 and 22% visible, and the AuC), where imagenet/validation/ is a folder of
+  1,000 class folders; --images 5000 takes an even sample of it.
+
+  offline, in seconds, with an untrained model:
+  timm-collapse evaluate cvit_tiny_patch4_32 --no-pretrained --dataset digits --orderers random bayer none"""
+
+
+class Entry(NamedTuple):
+    """One line of the tables: a model with one orderer."""
+
+    model: str
+    orderer: str
+    remainder: str
+    module: nn.Module
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}, {self.orderer}" + (f", {self.remainder}" if self.remainder not in ("none", "") else "")
+
+
+def declare_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `evaluate`."""
+    from .main import _seed
+
+    add = parser.add_argument
+    # fmt: off
+    add("models", nargs="+", metavar="MODEL",
+        help="classifiers: any timm name with its tag, hf-hub:<id>, or a local folder that save_for_hf wrote")
+    add("--orderers", nargs="+", metavar="ORDERER",
+        help="registered orderers, folders, Hub ids, baselines (random, raster, centre, halton, bayer, variance, "
+        "gradient), or none: the plain model, with all patches (default: a collapsed model's own; for any other "
+        f"{' and '.join(DEFAULT_ORDERERS)})")
+    add("--remainder", choices=("none", "fused", "coarse"),
+        help="what becomes of the dropped patches (default: a collapsed model's own, else none)")
+    add("--pretrained", action=argparse.BooleanOptionalAction, default=True,
+        help="--no-pretrained takes random weights, with as many classes as the data set has: for trying out, and "
+        "for speed")
+    add("--img-size", type=int, metavar="PIXELS", help="side of the images (default: the model's)")
+    add("--dataset", required=True, metavar="NAME",
+        help="digits, a folder of parquet files, an image folder, or a timm data set such as hfds/<id>")
+    add("--split", default="validation", help="default: %(default)s")
+    add("--images", type=int, default=0, metavar="N", help="evenly spaced images of the split; 0 for all (default: 0)")
+    add("--keeps", type=float, nargs="+", metavar="SHARE",
+        help="shares of the patches that stay visible, in (0, 1] (default: 14 from 1.0 to 0.01)")
+    add("--columns", type=float, nargs="+", metavar="SHARE",
+        help="keeps that the table shows; files hold all (default: all up to 6, else 1.0 0.7 0.5 0.22)")
+    add("--batch-size", type=int, default=64, help="default: %(default)s")
+    add("--workers", type=int, help="processes that decode images (default: one a core, at most 4)")
+    add("--precision", choices=("no", "bf16"), default="no", help="bf16 runs under autocast (default: %(default)s)")
+    add("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
+    add("--speed-batch", type=int, default=16, metavar="N",
+        help="images in a timed batch; 0 measures no speed (default: %(default)s)")
+    add("--runs", type=int, default=3, help="timed runs of each, in turn (default: %(default)s)")
+    add("--out", default="accuracy.png", metavar="PATH", help="the plot, .png, .pdf or .svg (default: %(default)s)")
+    add("--json", metavar="PATH", help="also write all numbers; - writes them to stdout, and all else to stderr")
+    add("--markdown", metavar="PATH", help="also write the tables")
+    add("--seed", type=_seed, default=0, help="of random orders and random weights (default: %(default)s)")
+    # fmt: on
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Measures the curves, draws them and prints the table."""
+    import torch
+
+    from ..data import open_dataset
+    from ..evaluation import KEEPS, accuracy_curves, costs_over_keep
+    from ..evaluation.accuracy import image_batches
+    from ..evaluation.curve import check_keeps
+    from ..order import CollapseError
+    from ..plots.accuracy import plot_accuracy
+    from ..plots.figures import save
+    from .evaluate_report import markdown, print_tables, results
+
+    keeps = check_keeps(args.keeps or KEEPS)
+    columns = _columns(args.columns, keeps)
+    _check_numbers(args)
+    device = _device(args.device)
+    info = open_dataset(args.dataset, args.split)
+    total = min(args.images or len(info.dataset), len(info.dataset))
+    if not total:
+        raise CollapseError(f"dataset: {args.dataset!r} has no images of split {args.split!r}")
+    curves, costs, entries = {}, {}, []
+    for config, group in load_groups(args, info):
+        models = {entry.label: entry.module for entry in group}
+        workers = min(4, _cores()) if args.workers is None else args.workers
+        batches = image_batches(info.dataset, _transform(config), total, args.batch_size, workers)
+        curves |= accuracy_curves(models, batches, keeps, args.precision, device, total)
+        if args.speed_batch:
+            generator = torch.Generator().manual_seed(args.seed)
+            images = torch.randn(args.speed_batch, *config["input_size"], generator=generator).to(device)
+            costs |= costs_over_keep(models, images, keeps, args.runs, args.precision)
+        for model in models.values():
+            model.to("cpu")  # room for the next group
+        entries += group
+    data = results(args, entries, curves, costs, total, device)
+    speeds = {name: [cost.images_per_second for cost in row] for name, row in costs.items()}
+    save(plot_accuracy(curves, speeds or None), args.out)
+    if args.markdown:
+        Path(args.markdown).write_text(markdown(data, columns), encoding="utf-8")
+    if args.json:
+        text = json.dumps(data, indent=1)
+        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n", encoding="utf-8")
+    print_tables(data, columns, args.out, to_stderr=args.json == "-")
+
+
+def load_groups(args: argparse.Namespace, info: DatasetInfo) -> list[tuple[dict[str, Any], list[Entry]]]:
+    """All entries; those whose images look alike share one pass over the data.
+
+    A group has orderers of its own, so that a random order does not depend on what else is evaluated.
+
+    Returns:
+        Pairs of timm's data config and the entries.
+
+    Raises:
+        CollapseError: A model or orderer that cannot be loaded, whose classes are not the data set's, or that cannot
+            be collapsed.
+    """
+    from ..collapse.base import Collapsed
+    from ..evaluation import with_orderer
+    from ..evaluation.accuracy import plain_model
+    from ..models import CollapseOrder
+
+    names = list(dict.fromkeys(args.models))
+    orderers = list(dict.fromkeys(args.orderers or DEFAULT_ORDERERS))
+    labels, orderer_labels = _short_names(names), _short_names(orderers)
+    groups: dict[str, tuple[dict[str, Any], list[Entry], dict[str, CollapseOrder]]] = {}
+    for name in names:
+        model = load_model(name, args, info)
+        config = _data_config(model)
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        _, entries, loaded = groups.setdefault(repr((config, grid)), (config, [], {}))
+        own = isinstance(model, Collapsed)
+        if own and not args.orderers:
+            remainder = args.remainder or model.remainder
+            twin = with_orderer(model, model.orderer, remainder, config["mean"], config["std"])
+            entries.append(Entry(labels[name], _orderer_name(model), remainder, twin))
+            continue
+        for orderer in orderers:
+            if orderer == "none":
+                entries.append(Entry(labels[name], "none", "", plain_model(model)))
+                continue
+            if orderer not in loaded:
+                loaded[orderer] = CollapseOrder.named(orderer, args.seed)
+            remainder = args.remainder or (model.remainder if own else "none")
+            twin = with_orderer(model, loaded[orderer], remainder, config["mean"], config["std"])
+            entries.append(Entry(labels[name], orderer_labels[orderer], remainder, twin))
+    return [(config, entries) for config, entries, _ in groups.values()]
+
+
+def load_model(name: str, args: argparse.Namespace, info: DatasetInfo) -> nn.Module:
+    """A classifier by its name, in eval mode.
+
+    Raises:
+        CollapseError: Nothing of that name, or a classifier of other classes than the data set's.
+    """
+    import timm
+    import torch
+
+    from ..order import CollapseError
+
+    folder = Path(name.removeprefix("local-dir:"))
+    source = f"local-dir:{folder}" if folder.is_dir() else name
+    kwargs: dict[str, Any] = {"img_size": args.img_size} if args.img_size else {}
+    if not args.pretrained and info.num_classes:
+        kwargs["num_classes"] = info.num_classes
+    torch.manual_seed(args.seed)
+    try:
+        model = timm.create_model(source, pretrained=args.pretrained, **kwargs).eval()
+    except CollapseError:
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, AssertionError) as error:
+        hint = "" if not args.pretrained else "; --no-pretrained needs no weights"
+        raise CollapseError(f"model: {name!r} could not be loaded: {error or type(error).__name__}{hint}") from error
+    classes = getattr(model, "num_classes", 0)
+    if not classes:
+        raise CollapseError(f"model: {name!r} is no classifier: it has 0 classes")
+    if info.num_classes and info.num_classes != classes:
+        raise CollapseError(
+            f"dataset: {args.dataset!r} has {info.num_classes} classes in split {args.split!r}, but the model {name!r} "
+            f"has {classes}: both must be the same"
+        )
+    return model
+
+
+def _data_config(model: nn.Module) -> dict[str, Any]:
+    """timm's data config of a model, at the size that the model has (its pretrained_cfg may hold another)."""
+    from timm.data import resolve_model_data_config
+
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return resolve_model_data_config(model, args={"input_size": (3, *size)} if size else None)
+
+
+def _transform(config: dict[str, Any]):
+    from timm.data import create_transform
+
+    return create_transform(**config, is_training=False)
+
+
+def _orderer_name(model: nn.Module) -> str:
+    orderer = model.orderer
+    cfg = getattr(orderer.model, "pretrained_cfg", None) or {}
+    return orderer.baseline_name or cfg.get("architecture") or type(orderer.model).__name__
+
+
+def _short_names(names: list[str]) -> dict[str, str]:
+    """Folders by their last two parts, as in reports, unless that makes two names one."""
+    from ..evaluation.report import relative_paths
+
+    short = {name: relative_paths(name) for name in names}
+    return short if len(set(short.values())) == len(names) else {name: name for name in names}
+
+
+def _columns(columns: list[float] | None, keeps: list[float]) -> list[float]:
+    """The keeps that the table shows."""
+    from ..order import CollapseError
+
+    if columns is None:
+        return keeps if len(keeps) <= MAX_COLUMNS else [keep for keep in SHOWN if keep in keeps] or keeps
+    if missing := [keep for keep in columns if keep not in keeps]:
+        raise CollapseError(f"columns must be among the keeps {keeps}, got {missing}")
+    return sorted(set(columns), reverse=True)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """What would otherwise fail only after a long measurement."""
+    from ..order import CollapseError
+    from ..plots.figures import SUFFIXES
+
+    for name, low in {"batch_size": 1, "images": 0, "speed_batch": 0, "runs": 1, "workers": 0, "img_size": 1}.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise CollapseError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    if Path(args.out).suffix.lower() not in SUFFIXES:
+        raise CollapseError(f"--out must end in {', '.join(SUFFIXES)}, got {args.out!r}")
+    for path in (args.out, args.json, args.markdown):
+        if path and path != "-" and not Path(path).parent.is_dir():
+            raise CollapseError(f"path: the folder {str(Path(path).parent)!r} does not exist")
+
+
+def _device(name: str | None):
+    import torch
+
+    from ..order import CollapseError
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CollapseError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,7 @@
+"""What makes a model see fewer tokens. Importing this registers the cvit_* models with timm."""
+
+from . import cvit  # noqa: F401  (registers the cvit_* models)
+from .base import Collapsed
+from .convert import collapse
+
+__all__ = ["Collapsed", "collapse"]

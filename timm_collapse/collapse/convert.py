@@ -1,0 +1,128 @@
+"""collapse: one line makes any supported ViT see only the patches that come first in its orderer's order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models._input import update_model_args
+from timm.models.beit import Beit
+from timm.models.cait import Cait
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from ..hub.download import ORDERER_FOLDER
+from ..models.orderer import CollapseOrder
+from ..order import CollapseError
+from ..order.errors import describe
+from .base import Collapsed, check_keep, collapsed_class
+from .hf_families import find_hf_adapter, hf_cfg, is_hf
+from .timm import CollapsedEva, CollapsedVit
+from .timm_families import CollapsedBeit, CollapsedCait, CollapsedNaFlex
+from .unsupported import unsupported_reason
+
+ADAPTERS: dict[type, type[Collapsed]] = {
+    VisionTransformer: CollapsedVit,
+    VisionTransformerDistilled: CollapsedVit,
+    Eva: CollapsedEva,
+    NaFlexVit: CollapsedNaFlex,
+    Cait: CollapsedCait,
+    Beit: CollapsedBeit,
+}
+"""Base class of a model -> the mixin that collapses it."""
+
+RELIED_ON = ("forward", "forward_features", "forward_intermediates", "forward_cls", "_pos_embed", "_forward_embeds")
+"""Methods of the base class that a subclass may not override: they say where the patch tokens are."""
+
+
+def collapse(
+    model: nn.Module,
+    orderer: CollapseOrder | str,
+    keep: float | int = 0.22,
+    remainder: str = "none",
+    coarse_share: float = 0.5,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """Make a vision transformer see only the first patches of a collapse order, in place.
+
+    The model's class becomes a subclass of its own, with the same parameter names and methods; `model.keep` may be
+    changed at any time, and `model(images, order=order)` takes a given `Order`. A collapsed model can be collapsed
+    again, to change the orderer.
+
+    Args:
+        model: A timm `VisionTransformer`, `VisionTransformerDistilled`, `Eva`, `NaFlexVit`, `Cait` or `Beit`; or a
+            transformers ViT, DINOv2, DINOv3, SigLIP or CLIP vision model, or image Perceiver.
+        orderer: What orders the patches, or its name, as for `CollapseOrder.from_pretrained`, or a baseline's.
+        keep: Token budget, a ratio in (0, 1] of the patches, or a count.
+        remainder: What becomes of the dropped patches: "none", "fused", "coarse" or "mixed", see `Collapsed`.
+        coarse_share: Share of the budget that coarse tokens may take, in (0, 1].
+        mean, std: Normalisation of the images that the model gets, per channel; None takes what the model is collapsed
+            with already, or its `pretrained_cfg` (timm's default, ImageNet's, where it has none), or for transformers'
+            models what their family is trained with.
+
+    Returns:
+        The same object.
+
+    Raises:
+        CollapseError: A model that cannot drop tokens (with the reason), or a wrong argument.
+    """
+    if not isinstance(model, nn.Module):
+        raise CollapseError(f"model must be a vision transformer (nn.Module), got {describe(model)}")
+    given = orderer
+    if isinstance(orderer, str):
+        orderer = CollapseOrder.named(orderer)
+    if not isinstance(orderer, CollapseOrder):
+        raise CollapseError(f"orderer must be a CollapseOrder or a name, got {describe(orderer)}")
+    keep = check_keep(keep)
+    cfg = hf_cfg(model) if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
+    known = model.normalisation if isinstance(model, Collapsed) else (cfg.get("mean"), cfg.get("std"))
+    mean, std = mean or known[0] or IMAGENET_DEFAULT_MEAN, std or known[1] or IMAGENET_DEFAULT_STD
+    base = type(model)
+    if not isinstance(model, Collapsed):
+        adapter, base = find_hf_adapter(model) if is_hf(model) else find_adapter(model)
+        model.__class__ = collapsed_class(adapter, base)
+    try:
+        model._setup(orderer, keep, remainder, coarse_share, mean, std)
+    except CollapseError:
+        model.__class__ = base  # as it was
+        raise
+    if "orderer" in getattr(model, "_model_args", {}):  # a registered cvit_*: what save_for_hf writes
+        reference = given if isinstance(given, str) else orderer.baseline_name or f"./{ORDERER_FOLDER}"
+        update_model_args(model, orderer=reference, remainder=remainder, coarse_share=coarse_share)
+    return model
+
+
+def find_adapter(model: nn.Module) -> tuple[type[Collapsed], type]:
+    """The mixin for a model, and the model's class.
+
+    Raises:
+        CollapseError: There is none, with the reason.
+    """
+    cls = type(model)
+    base = next((base for base in cls.__mro__ if base in ADAPTERS), None)
+    if base is None:
+        raise CollapseError(
+            f"model: {cls.__name__} cannot be collapsed: {unsupported_reason(model)}; supported are "
+            f"{', '.join(c.__name__ for c in ADAPTERS)}"
+        )
+    for name in RELIED_ON:
+        if getattr(cls, name, None) is not getattr(base, name, None) or name in vars(model):
+            raise CollapseError(
+                f"model: {cls.__name__} cannot be collapsed: it overrides {base.__name__}.{name}, on which collapse "
+                "relies"
+            )
+    if getattr(getattr(model, "patch_drop", None), "prob", 0):
+        raise CollapseError(
+            f"model: patch_drop_rate must be 0, got {model.patch_drop.prob}: collapse takes the place of random drop"
+        )
+    if hasattr(getattr(model, "patch_embed", None), "backbone"):
+        warnings.warn(
+            f"{cls.__name__} has a convolutional stem: its tokens have seen more of the image than their own patch",
+            stacklevel=3,
+        )
+    return ADAPTERS[base], cls

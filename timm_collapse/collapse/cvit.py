@@ -1,0 +1,223 @@
+"""CViT: timm's vision transformers, registered as collapsed models.
+
+Each is the timm architecture that its docstring names, with that architecture's pretrained weights under the same tags,
+collapsed by a bundled orderer: with `pretrained=True` the paper's training-free ViT+C. What `collapse` takes is taken
+by name: `timm.create_model("cvit_base_patch16", pretrained=True, keep=0.3, orderer="bayer", remainder="coarse")`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import (
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    model_entrypoint,
+    register_model,
+)
+from timm.models._features import FeatureGetterNet
+from timm.models._input import update_model_args
+from torch import nn
+
+from ..hub.download import ORDERER_FOLDER, find_orderer, local_weights
+from ..models.orderer import CollapseOrder
+from ..models.registry import pixel_cfg, take_pretrained_cfg
+from .convert import collapse
+
+BASES = {
+    "cvit_tiny_patch16": "vit_tiny_patch16_224",
+    "cvit_small_patch16": "vit_small_patch16_224",
+    "cvit_base_patch16": "vit_base_patch16_224",
+    "cvit_large_patch16": "vit_large_patch16_224",
+    "cvit_base_patch8": "vit_base_patch8_224",
+    "cvit_small_patch14_dinov2": "vit_small_patch14_dinov2",
+    "cvit_base_patch14_dinov2": "vit_base_patch14_dinov2",
+    "cvit_large_patch14_dinov2": "vit_large_patch14_dinov2",
+    "cvit_small_patch16_dinov3": "vit_small_patch16_dinov3",
+    "cvit_base_patch16_dinov3": "vit_base_patch16_dinov3",
+    "cvit_base_patch16_siglip": "vit_base_patch16_siglip_224",
+}
+"""Collapsed architecture -> the timm architecture whose shape and weights it has."""
+
+RESAMPLED = {
+    f"cvit_{size}_patch{patch}": f"cvit_{size}_patch16"
+    for size in ("tiny", "small", "base")
+    for patch in (8, 4, 2, 1)
+    if f"cvit_{size}_patch{patch}" not in BASES
+}
+"""Architecture with smaller patches -> the one with 16 px patches from whose weights it starts."""
+
+
+def _base_cfgs() -> dict[str, Any]:
+    """Each base's pretrained configurations, under the collapsed name: the weights stay where timm has them."""
+    return {
+        full.replace(base, name, 1): cfg
+        for name, base in {**BASES, **{name: BASES[large] for name, large in RESAMPLED.items()}}.items()
+        for full, cfg in get_arch_pretrained_cfgs(base).items()
+    }
+
+
+_VIT_KEYS = {"first_conv": "patch_embed.proj", "classifier": "head"}
+
+default_cfgs = generate_default_cfgs(
+    {
+        **_base_cfgs(),
+        "cvit_tiny_patch8_64.tin100": pixel_cfg("cvit_tiny_patch8_64.tin100", num_classes=100, **_VIT_KEYS),
+        "cvit_tiny_patch4_32.cifar10": pixel_cfg("cvit_tiny_patch4_32.cifar10", 32, num_classes=10, **_VIT_KEYS),
+    }
+)
+
+
+def _cvit(
+    name: str,
+    pretrained: bool,
+    kwargs: dict[str, Any],
+    base: str = "",
+    orderer: str = "collapse_ranker_tiny_224",
+    keep: float | int = 0.22,
+    remainder: str = "none",
+    coarse_share: float = 0.5,
+    **shape: Any,
+) -> nn.Module:
+    """Build the base architecture (weights included, where asked for) and collapse it.
+
+    Args:
+        name: Collapsed architecture.
+        pretrained: Load weights.
+        kwargs: The caller's arguments: those of `collapse` and of the base architecture.
+        base: The timm architecture; empty takes that of BASES.
+        orderer, keep, remainder, coarse_share: Defaults of `collapse`'s arguments.
+        shape: Defaults of the base's arguments.
+    """
+    options = {"orderer": orderer, "keep": keep, "remainder": remainder, "coarse_share": coarse_share}
+    options = {key: kwargs.pop(key, value) for key, value in options.items()}
+    cfg = take_pretrained_cfg(name, kwargs)
+    source = local_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else cfg
+    reference = options["orderer"]
+    options["orderer"] = load_orderer(reference, cfg, kwargs.get("cache_dir"))
+    model = model_entrypoint(base or BASES[name])(pretrained, pretrained_cfg=source, **{**shape, **kwargs})
+    vit = model.model if isinstance(model, FeatureGetterNet) else model  # features_only
+    vit.pretrained_cfg = vit.default_cfg = cfg.to_dict()
+    # save_for_hf writes these; `collapse` and `keep` keep them up to date
+    vit._model_args = options | {"orderer": reference}
+    collapse(vit, mean=cfg.mean, std=cfg.std, **options)
+    if isinstance(reference, str):
+        update_model_args(vit, orderer=reference)
+    return model
+
+
+def load_orderer(reference: str | CollapseOrder, cfg: PretrainedCfg, cache_dir: str | None = None) -> CollapseOrder:
+    """The orderer that a collapsed model's arguments name.
+
+    Args:
+        reference: A name as `CollapseOrder.named` takes it, or an orderer. One that ends in "/orderer" is beside the
+            weights, if the model is loaded from a folder or repository that has it there.
+        cfg: Where the model's weights are.
+    """
+    if not isinstance(reference, str):
+        return reference
+    if reference.split("/")[-1] == ORDERER_FOLDER and (folder := find_orderer(cfg, cache_dir)):
+        return CollapseOrder.from_pretrained(str(folder))
+    return CollapseOrder.named(reference)
+
+
+@register_model
+def cvit_tiny_patch16(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_tiny_patch16_224`, collapsed."""
+    return _cvit("cvit_tiny_patch16", pretrained, kwargs)
+
+
+@register_model
+def cvit_small_patch16(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_small_patch16_224`, collapsed."""
+    return _cvit("cvit_small_patch16", pretrained, kwargs)
+
+
+@register_model
+def cvit_base_patch16(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_base_patch16_224`, collapsed: the paper's model."""
+    return _cvit("cvit_base_patch16", pretrained, kwargs)
+
+
+@register_model
+def cvit_large_patch16(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_large_patch16_224`, collapsed."""
+    return _cvit("cvit_large_patch16", pretrained, kwargs)
+
+
+@register_model
+def cvit_base_patch8(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_base_patch8_224`, collapsed: 784 patches."""
+    return _cvit("cvit_base_patch8", pretrained, kwargs)
+
+
+@register_model
+def cvit_small_patch14_dinov2(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_small_patch14_dinov2`, collapsed: 1,369 patches at its 518 px."""
+    return _cvit("cvit_small_patch14_dinov2", pretrained, kwargs)
+
+
+@register_model
+def cvit_base_patch14_dinov2(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_base_patch14_dinov2`, collapsed."""
+    return _cvit("cvit_base_patch14_dinov2", pretrained, kwargs)
+
+
+@register_model
+def cvit_large_patch14_dinov2(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_large_patch14_dinov2`, collapsed."""
+    return _cvit("cvit_large_patch14_dinov2", pretrained, kwargs)
+
+
+@register_model
+def cvit_small_patch16_dinov3(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_small_patch16_dinov3`, collapsed."""
+    return _cvit("cvit_small_patch16_dinov3", pretrained, kwargs)
+
+
+@register_model
+def cvit_base_patch16_dinov3(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_base_patch16_dinov3`, collapsed."""
+    return _cvit("cvit_base_patch16_dinov3", pretrained, kwargs)
+
+
+@register_model
+def cvit_base_patch16_siglip(pretrained: bool = False, **kwargs) -> nn.Module:
+    """`vit_base_patch16_siglip_224`, collapsed."""
+    return _cvit("cvit_base_patch16_siglip", pretrained, kwargs)
+
+
+def _register_resampled(name: str, patch_size: int) -> None:
+    """Register an architecture of RESAMPLED."""
+
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _cvit(name, pretrained, kwargs, base=BASES[RESAMPLED[name]], patch_size=patch_size)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = __name__
+    entrypoint.__doc__ = f"`{RESAMPLED[name]}` with patches of {patch_size} px and the same weights, resampled."
+    register_model(entrypoint)
+
+
+for _name in RESAMPLED:
+    _register_resampled(_name, int(_name.rpartition("patch")[2]))
+
+
+@register_model
+def cvit_tiny_patch8_64(pretrained: bool = False, **kwargs) -> nn.Module:
+    """Width 192, 6 blocks, 8 x 8 patches of 8 px: for 64 px images."""
+    orderer = "collapse_ranker_tiny.tin100_features"
+    return _small("cvit_tiny_patch8_64", pretrained, kwargs, orderer, img_size=64, patch_size=8)
+
+
+@register_model
+def cvit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
+    """Width 192, 6 blocks, 8 x 8 patches of 4 px: for 32 px images."""
+    orderer = "collapse_ranker_tiny.cifar10_features"
+    return _small("cvit_tiny_patch4_32", pretrained, kwargs, orderer, img_size=32, patch_size=4)
+
+
+def _small(name: str, pretrained: bool, kwargs: dict[str, Any], orderer: str, **shape: Any) -> nn.Module:
+    """`vit_tiny_patch16_224` at half its depth, for small images."""
+    return _cvit(name, pretrained, kwargs, base="vit_tiny_patch16_224", orderer=orderer, depth=6, **shape)

@@ -1,0 +1,223 @@
+"""Collapsed Hugging Face vision models: ViT, DINOv2, DINOv3, SigLIP and CLIP of `transformers`.
+
+The model that is collapsed selects the patches and takes `order`; its embeddings, wherever they lie inside, drop the
+tokens of the others after the position embedding. `transformers` is never imported here: a model brings its classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+from torch import Tensor, nn
+
+from ..models.transformer import scatter_tokens
+from ..order import CollapseError, Order
+from ..order.errors import describe
+from .base import Collapsed, collapsed_class
+from .selection import embed_kept
+
+TRUNKS = ("vit", "dinov2", "dinov2_with_registers", "vision_model", "perceiver")
+"""Attributes under which a model with a head holds the model that embeds the patches."""
+
+
+def take_name(cls: type) -> None:
+    """Give a collapsed class the name of the plain one.
+
+    transformers looks classes up by name: the architecture in config.json, the outputs that can be recorded, the heads
+    that a pipeline takes, the modules that are not split between devices.
+    """
+    plain = cls.__bases__[1]
+    cls.__name__, cls.__qualname__, cls.__module__ = plain.__name__, plain.__qualname__, plain.__module__
+
+
+class Part:
+    """Mixin of the modules inside of a collapsed model that see its selection; made by `attach`."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if len(cls.__bases__) == 2:
+            take_name(cls)
+
+    __reduce_ex__ = Collapsed.__reduce_ex__
+
+
+class KeepTokens(Part):
+    """Embeddings that return the tokens of the kept patches, then the remainder's."""
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        return self.selection.apply(super().forward(*args, **kwargs), self.num_prefix_tokens)
+
+
+class KeepRotary(Part):
+    """A rotary table, (N, d), with the rows of each image's tokens, (B, 1, k + r, d)."""
+
+    def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        cos, sin = super().forward(*args, **kwargs)
+        places = self.selection.positions()
+        return (cos, sin) if places is None else (cos[places].unsqueeze(1), sin[places].unsqueeze(1))
+
+
+class SparseConv(Part):
+    """A patch embedding that computes only the kept patches and leaves zeros in the places of the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.selection.kept
+        if kept is None:
+            return super().forward(x)
+        grid = (x.shape[-2] // self.stride[0], x.shape[-1] // self.stride[1])
+        tokens = embed_kept(self, x, kept)
+        tokens = scatter_tokens(tokens, kept, tokens.new_zeros(len(x), grid[0] * grid[1], tokens.shape[-1]))
+        return tokens.mT.unflatten(2, grid)
+
+
+class CollapsedHf(Collapsed):
+    """ViT, SigLIP and CLIP: absolute positions of one image size, other sizes with `interpolate_pos_encoding=True`.
+
+    Outputs are the plain model's with fewer tokens: `last_hidden_state`, `hidden_states` and `attentions` are of the
+    leading tokens, the kept patches in the order of their positions, and the remainder's tokens. Heads that average
+    the patches average those. Parts of the model that are called on their own see all patches.
+    """
+
+    any_size = False
+    _interpolate = True  # of this forward pass; outside of one, images of any size have an order
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if len(cls.__bases__) == 2:
+            take_name(cls)
+            _set_forward(cls, cls.__bases__[1].forward)
+
+    def _attach(self) -> None:
+        embeddings, conv = self._embeddings(), self._conv()
+        embeddings.num_prefix_tokens = self._num_class_tokens()
+        if getattr(embeddings, "register_tokens", None) is not None:
+            embeddings.num_prefix_tokens += embeddings.register_tokens.shape[1]
+        self._attach_part(KeepTokens, embeddings)
+        if isinstance(conv, Part) or type(conv) is nn.Conv2d:
+            self._attach_part(SparseConv, conv)
+
+    def _attach_part(self, part: type[Part], module: nn.Module) -> None:
+        module.selection = self.selection
+        if not isinstance(module, part):
+            module.__class__ = collapsed_class(part, type(module))
+
+    def _embeddings(self) -> nn.Module:
+        return trunk(self).embeddings
+
+    def _conv(self) -> nn.Conv2d:
+        return next(module for module in self._embeddings().modules() if isinstance(module, nn.Conv2d))
+
+    def _num_class_tokens(self) -> int:
+        embeddings = self._embeddings()
+        return int(hasattr(embeddings, "cls_token") or hasattr(embeddings, "class_embedding"))
+
+    def _image_grid(self, x: Tensor) -> tuple[int, int]:
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            raise CollapseError(f"pixel_values must be a tensor of shape (B, C, H, W), got {describe(x)}")
+        size, patch = tuple(x.shape[-2:]), self._patch_size()
+        if not self.any_size and not self._interpolate:
+            own = trunk(self).config.image_size
+            own = (own, own) if isinstance(own, int) else tuple(own)
+            if size != own:
+                raise CollapseError(
+                    f"pixel_values must be {own} pixels, the model's image_size, got {size}; "
+                    "interpolate_pos_encoding=True lifts it"
+                )
+        if size[0] % patch[0] or size[1] % patch[1]:
+            raise CollapseError(f"pixel_values must have sides that are multiples of the patch {patch}, got {size}")
+        return size[0] // patch[0], size[1] // patch[1]
+
+    def _patch_size(self) -> tuple[int, int]:
+        return tuple(self._conv().stride)
+
+    def _embed_patches(self, images: Tensor) -> Tensor:
+        conv = self._conv()  # its own forward would skip the dropped patches
+        images = images.to(conv.weight.dtype)
+        return nn.functional.conv2d(images, conv.weight, conv.bias, conv.stride).flatten(2).mT
+
+    def _patch_positions(self, grid: tuple[int, int]) -> Tensor | None:
+        embeddings, (p, q), classes = self._embeddings(), self._patch_size(), self._num_class_tokens()
+        positions = getattr(embeddings, "position_embeddings", None)
+        if positions is None:
+            positions = embeddings.position_embedding.weight.unsqueeze(0)
+        if self.any_size or self._interpolate:
+            # the method looks only at the shape of the tokens
+            tokens = positions.new_empty(1, grid[0] * grid[1] + classes, positions.shape[-1])
+            positions = embeddings.interpolate_pos_encoding(tokens, grid[0] * p, grid[1] * q)
+        return positions[:, classes:]
+
+    def compute_order(self, images: Tensor, upto: int | None = None, grid: tuple[int, int] | None = None) -> Order:
+        """As `Collapsed`'s; images may have another precision than the orderer, as for the model itself."""
+        weight = next(self.orderer.parameters(), None)
+        if weight is not None and isinstance(images, Tensor) and images.is_floating_point():
+            images = images.to(weight.dtype)
+        return super().compute_order(images, upto, grid)
+
+    def _argument(self, name: str, args: tuple, kwargs: dict):
+        place = self._argument_names.index(name) if name in self._argument_names else len(args)
+        return args[place] if place < len(args) else kwargs.get(name)
+
+    def forward(self, *args, order: Order | None = None, **kwargs):
+        """As the plain model's; `order` takes the place of the orderer's.
+
+        Raises:
+            CollapseError: An order of another batch or grid, or, while patches are dropped, images of another size,
+                `bool_masked_pos` or `attention_mask`.
+        """
+        self._interpolate = bool(self._argument("interpolate_pos_encoding", args, kwargs))
+        try:
+            self._select(self._argument("pixel_values", args, kwargs), order)
+            if self.selection.kept is not None:
+                for name in ("bool_masked_pos", "attention_mask"):
+                    value = self._argument(name, args, kwargs)
+                    if value is not None:
+                        raise CollapseError(
+                            f"{name} must be None while patches are dropped (keep={self.keep}): it is laid out for "
+                            f"all patches, got {describe(value)}"
+                        )
+            return super().forward(*args, **kwargs)
+        finally:
+            self.selection.clear()
+            self._interpolate = True
+
+
+class CollapsedDinov2(CollapsedHf):
+    """DINOv2, with or without registers: positions are always interpolated."""
+
+    any_size = True
+
+
+class CollapsedDinov3(CollapsedDinov2):
+    """DINOv3: rotary positions only."""
+
+    def _attach(self) -> None:
+        super()._attach()
+        self._attach_part(KeepRotary, trunk(self).rope_embeddings)
+
+    def _patch_positions(self, grid: tuple[int, int]) -> None:
+        return None
+
+
+def _set_forward(cls: type, plain) -> None:
+    """The forward method of one collapsed class, with the plain one's signature: Trainer reads its columns from it."""
+    signature = inspect.signature(plain)
+    parameters = list(signature.parameters.values())
+    order = inspect.Parameter("order", inspect.Parameter.KEYWORD_ONLY, default=None)
+    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+    @functools.wraps(CollapsedHf.forward)
+    def forward(self, *args, order: Order | None = None, **kwargs):
+        return CollapsedHf.forward(self, *args, order=order, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=[*named, order, *rest])
+    cls._argument_names = [p.name for p in named[1:]]
+    cls.forward = forward
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The module inside of a supported model that holds `embeddings`."""
+    while not hasattr(model, "embeddings"):
+        model = next(getattr(model, name) for name in TRUNKS if hasattr(model, name))
+    return model

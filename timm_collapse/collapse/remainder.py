@@ -1,0 +1,161 @@
+"""What stands for the patches that a collapsed ViT drops: nothing, their mean, the image at low resolution, or a mix.
+
+A plan says, for one token budget, how much of the order counts and which tokens there are; `plan_remainder` makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..models.tokenizer import resize_images
+from ..models.transformer import gather_tokens
+from ..order import Order
+from .cells import cell_centres, cell_of_patches, coarse_grid, mean_of_cells
+from .pyramid import choose_leaves, cover_of_leaves, plan_splits, pyramid_shapes
+from .selection import Selection
+
+REMAINDERS = ("none", "fused", "coarse", "mixed")
+
+Embed = Callable[[Tensor], Tensor]
+"""(B, C, h p, w q) -> (B, h w, D): patch embedding of images of any size, without positions."""
+Positions = Callable[[], Tensor | None]
+"""Gives what is added to the embeddings of the whole grid, (1, N, D); None: nothing is."""
+
+
+class Prefix:
+    """The first patches of the order, and nothing for the others.
+
+    Args:
+        budget: Tokens.
+        grid: Patches (h, w).
+        patch_size: Their sides in pixels.
+
+    Attributes:
+        places: So many first places of the order decide; 0: no order is needed.
+    """
+
+    def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int]):
+        self.places, self.grid, self.patch_size = budget, grid, patch_size
+
+    def fill(self, selection: Selection, order: Order | None, images: Tensor, embed: Embed, positions: Positions):
+        """Say in `selection` what a batch of images becomes.
+
+        Args:
+            selection: To be filled.
+            order: Of the images; None where `places` is 0.
+            images: (B, C, h p, w q).
+            embed: Patch embedding, without positions.
+            positions: Position embedding.
+        """
+        if order is None:
+            selection.kept = torch.empty(len(images), 0, dtype=torch.long, device=images.device)
+        else:
+            selection.kept = order.keep(self.places)
+
+
+class Fused(Prefix):
+    """One token is the mean of the dropped patches' embeddings."""
+
+    def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int]):
+        super().__init__(budget, grid, patch_size)
+        self.fuses = budget > 1
+        self.places -= self.fuses
+
+    def fill(self, selection: Selection, order: Order | None, images: Tensor, embed: Embed, positions: Positions):
+        super().fill(selection, order, images, embed, positions)
+        if not self.fuses:
+            return
+        tokens = embed(mean_dropped_patch(images, selection.kept, self.grid, self.patch_size))
+        if (added := positions()) is not None:
+            weights = dropped_weights(selection.kept, self.grid[0] * self.grid[1], tokens.dtype).unsqueeze(1)
+            tokens = tokens + weights @ added.to(tokens.dtype)
+        selection.extra = tokens
+        set_cells(selection, self.grid, (1, 1), images.device)
+
+
+class Coarse(Prefix):
+    """Some tokens are the whole image at low resolution: at most a share of the budget."""
+
+    def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int], share: float):
+        super().__init__(budget, grid, patch_size)
+        self.cells = coarse_grid(int(budget * share + 1e-6), grid)
+        if self.cells is not None:
+            self.places = 0 if share == 1 else budget - self.cells[0] * self.cells[1]
+
+    def fill(self, selection: Selection, order: Order | None, images: Tensor, embed: Embed, positions: Positions):
+        super().fill(selection, order, images, embed, positions)
+        if self.cells is None:
+            return
+        selection.extra = coarse_tokens(images, self.grid, self.cells, self.patch_size, embed, positions())
+        set_cells(selection, self.grid, self.cells, images.device)
+
+
+class Mixed(Prefix):
+    """A pyramid of patches: small ones where the order comes early, ever larger ones elsewhere, each one token."""
+
+    def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int], share: float):
+        super().__init__(budget, grid, patch_size)
+        self.shapes = pyramid_shapes(budget, grid, share)
+        self.splits = plan_splits(budget, self.shapes)
+        self.places = grid[0] * grid[1] if self.splits[-1] else 0  # cells go by the mean rank of all their patches
+
+    def fill(self, selection: Selection, order: Order | None, images: Tensor, embed: Embed, positions: Positions):
+        if order is None:  # nothing is split
+            order = Order(torch.zeros(len(images), self.grid[0] * self.grid[1], device=images.device), self.grid)
+        selection.kept, *leaves = choose_leaves(order, self.shapes, self.splits)
+        extra, places, added = [], [], positions()
+        for shape, leaf in zip(self.shapes[1:], leaves):
+            tokens = coarse_tokens(images, self.grid, shape, self.patch_size, embed, added)
+            extra.append(gather_tokens(tokens, leaf))
+            places.append(cell_centres(self.grid, shape).to(images.device)[0][leaf])
+        selection.extra, selection.places = torch.cat(extra, 1), torch.cat(places, 1)
+        selection.cover = lambda: cover_of_leaves(leaves, self.shapes)
+
+
+def plan_remainder(
+    remainder: str, budget: int, grid: tuple[int, int], patch_size: tuple[int, int], share: float
+) -> Prefix:
+    """The plan of a remainder ("none", "fused", "coarse" or "mixed"), see `Collapsed`."""
+    if remainder == "fused":
+        return Fused(budget, grid, patch_size)
+    if remainder == "coarse":
+        return Coarse(budget, grid, patch_size, share)
+    if remainder == "mixed":
+        return Mixed(budget, grid, patch_size, share)
+    return Prefix(budget, grid, patch_size)
+
+
+def coarse_tokens(
+    images: Tensor,
+    grid: tuple[int, int],
+    cells: tuple[int, int],
+    patch_size: tuple[int, int],
+    embed: Embed,
+    positions: Tensor | None,
+) -> Tensor:
+    """(B, c, D): the whole image at one patch a cell, each with the mean of the positions that it covers."""
+    tokens = embed(resize_images(images, (cells[0] * patch_size[0], cells[1] * patch_size[1])))
+    return tokens if positions is None else tokens + mean_of_cells(positions.to(tokens.dtype), grid, cells)
+
+
+def set_cells(selection: Selection, grid: tuple[int, int], cells: tuple[int, int], device: torch.device) -> None:
+    """Say that the extra tokens are the cells of a coarse grid."""
+    selection.places = cell_centres(grid, cells).to(device)
+    selection.cover = lambda: cell_of_patches(grid, cells).to(device)
+
+
+def mean_dropped_patch(images: Tensor, kept: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
+    """The mean of the dropped patches' pixels, (B, C, p, q): embedding is linear, so it embeds to their mean token."""
+    b, c = images.shape[:2]
+    patches = images.reshape(b, c, grid[0], patch_size[0], grid[1], patch_size[1])
+    dropped = dropped_weights(kept, grid[0] * grid[1], images.dtype).view(b, *grid)
+    return torch.einsum("bchpwq,bhw->bcpq", patches, dropped)
+
+
+def dropped_weights(kept: Tensor, num_patches: int, dtype: torch.dtype) -> Tensor:
+    """(B, N): 1 / (N - k) for dropped patches, 0 for kept ones."""
+    ones = torch.ones(len(kept), num_patches, dtype=dtype, device=kept.device)
+    return ones.scatter(1, kept, 0.0) / (num_patches - kept.shape[1])

@@ -1,0 +1,179 @@
+"""Collapsed models of timm: what its families share, and ViT and Eva; `adapters` has further ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from ..models.transformer import gather_tokens, scatter_tokens
+from ..order import CollapseError, Order
+from ..order.errors import describe
+from .base import Collapsed
+from .selection import KeepPatches, sparse_patch_embed
+
+
+class CollapsedTimm(Collapsed):
+    """What the timm families share: `forward_features`, `forward_intermediates` and a patch embedding."""
+
+    _returns_prefix_tokens = True  # whether forward_intermediates has that argument
+
+    def _image_grid(self, x: Tensor) -> tuple[int, int]:
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            raise CollapseError(f"images must be a tensor of shape (B, C, H, W), got {describe(x)}")
+        embed, size = self.patch_embed, tuple(x.shape[-2:])
+        strict = getattr(embed, "strict_img_size", True)
+        if strict and embed.img_size is not None and size != tuple(embed.img_size):
+            raise CollapseError(
+                f"images must be {tuple(embed.img_size)} pixels, the model's img_size, got {size}; "
+                "set_input_size changes it, dynamic_img_size=True lifts it"
+            )
+        if strict:
+            return tuple(embed.grid_size)
+        if not embed.dynamic_img_pad and any(side % patch for side, patch in zip(size, self._patch_size())):
+            raise CollapseError(f"images must have sides that are multiples of {self._patch_size()}, got {size}")
+        return tuple(embed.dynamic_feat_size(size))
+
+    def _patch_size(self) -> tuple[int, int]:
+        return tuple(self.patch_embed.feat_ratio(as_scalar=False))
+
+    def _embed_patches(self, images: Tensor) -> Tensor:
+        embed = self.patch_embed
+        return embed.norm(embed.proj(images).flatten(2).transpose(1, 2))
+
+    def _patch_positions(self, grid: tuple[int, int]) -> Tensor | None:
+        if self.pos_embed is None:
+            return None
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        positions = self.pos_embed
+        if self.dynamic_img_size:
+            positions = resample_abs_pos_embed(positions, grid, self.patch_embed.grid_size, num_prefix_tokens=prefix)
+        return positions[:, prefix:]
+
+    def forward(self, x: Tensor, *args, order: Order | None = None, **kwargs) -> Tensor:
+        """As the plain model's; `order` takes the place of the orderer's."""
+        return self.forward_head(self.forward_features(x, *args, order=order, **kwargs))
+
+    def forward_features(self, x: Tensor, *args, order: Order | None = None, **kwargs) -> Tensor:
+        """Tokens (B, prefix + k + r, D): the kept patches in the order of their positions, then the remainder's.
+
+        Raises:
+            CollapseError: An order of another batch or grid, images of another size, or, while patches are dropped,
+                `attn_mask` or `is_causal`.
+        """
+        try:
+            self._select(x, order)
+            self._refuse_masks(args, kwargs)
+            return super().forward_features(x, *args, **kwargs)
+        finally:
+            self.selection.clear()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices=None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        *args,
+        order: Order | None = None,
+        **kwargs,
+    ):
+        """As the plain model's: intermediates lie on the whole grid, whichever patches are kept.
+
+        Dropped places hold the remainder's token that stands for them, or 0 without a remainder. The final features
+        are those of `forward_features`: the kept tokens.
+        """
+        try:
+            self._select(x, order)
+            self._refuse_masks((), kwargs)
+            kept, cover = self.selection.kept, self.selection.cover
+            plain = super().forward_intermediates
+            which = (indices, return_prefix_tokens) if self._returns_prefix_tokens else (indices,)
+            if kept is None:
+                return plain(x, *which, norm, stop_early, output_fmt, intermediates_only, *args, **kwargs)
+            if args or kwargs.get("output_dict"):
+                raise CollapseError("output_dict must be False while patches are dropped, got True")
+            if output_fmt not in ("NCHW", "NLC"):
+                raise CollapseError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+            result = plain(x, *which, norm, stop_early, "NLC", intermediates_only, **kwargs)
+        finally:
+            self.selection.clear()
+        grid = self._image_grid(x)
+
+        def dense(entry):
+            if isinstance(entry, tuple):
+                return dense(entry[0]), entry[1]
+            entry = to_grid(entry, kept, grid, cover() if cover else None)
+            return entry if output_fmt == "NLC" else entry.mT.reshape(len(entry), -1, *grid)
+
+        if intermediates_only:
+            return [dense(entry) for entry in result]
+        return result[0], [dense(entry) for entry in result[1]]
+
+    def _refuse_masks(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.selection.kept is None:
+            return
+        attn_mask = kwargs.get("attn_mask", args[0] if args else None)
+        is_causal = kwargs.get("is_causal", args[1] if len(args) > 1 else False)
+        if attn_mask is not None:
+            raise CollapseError(
+                f"attn_mask must be None while patches are dropped (keep={self.keep}): it is laid out for all patches, "
+                f"got {describe(attn_mask)}"
+            )
+        if is_causal:
+            raise CollapseError(f"is_causal must be False while patches are dropped (keep={self.keep}), got True")
+
+
+class CollapsedVit(CollapsedTimm):
+    """`VisionTransformer` and `VisionTransformerDistilled`.
+
+    Where the patch embedding allows it, only the kept patches ever become tokens: time and memory do not grow with the
+    patches that there are. Else `patch_drop`, which follows the position embedding, keeps them.
+    """
+
+    def _attach(self) -> None:
+        if sparse_patch_embed(self.patch_embed, self.selection, compact=True):
+            self.patch_drop = nn.Identity()
+        else:
+            self.patch_drop = KeepPatches(self.selection, self.num_prefix_tokens)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """As timm's, for the kept patches (B, k, D), to which the remainder's tokens are appended."""
+        selection = self.selection
+        if selection.kept is None or not getattr(self.patch_embed, "compact", False):
+            return super()._pos_embed(x)
+        tokens = (self.cls_token, getattr(self, "reg_token", None), getattr(self, "dist_token", None))
+        prefix = [token.expand(len(x), -1, -1) for token in tokens if token is not None]
+        positions = self._patch_positions(selection.grid)
+        if positions is not None:
+            x = x + nn.functional.embedding(selection.kept, positions[0])
+            if prefix and not self.no_embed_class:
+                prefix = [torch.cat(prefix, 1) + self.pos_embed[:, : self.num_prefix_tokens]]
+        x = self.pos_drop(torch.cat([*prefix, x], 1))
+        return x if selection.extra is None else torch.cat([x, selection.extra.to(x.dtype)], 1)
+
+
+class CollapsedEva(CollapsedTimm):
+    """`Eva`: as ViT; its rotary embedding follows the positions that `patch_drop` returns."""
+
+    def _attach(self) -> None:
+        sparse_patch_embed(self.patch_embed, self.selection)
+        self.patch_drop = KeepPatches(self.selection, self.num_prefix_tokens, with_positions=True)
+
+
+def to_grid(tokens: Tensor, kept: Tensor, grid: tuple[int, int], cover: Tensor | None) -> Tensor:
+    """Dense features: (B, k + r, D) -> (B, N, D), kept tokens at their places.
+
+    Dropped places take the extra token that stands for them (`cover`, (1 or B, N)), or 0 where there are none.
+    """
+    (b, k), n = kept.shape, grid[0] * grid[1]
+    if cover is None:
+        dense = tokens.new_zeros(b, n, tokens.shape[-1])
+    else:
+        dense = gather_tokens(tokens[:, k:], cover.expand(b, -1))
+    return scatter_tokens(tokens[:, :k], kept, dense)

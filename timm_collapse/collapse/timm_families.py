@@ -1,0 +1,262 @@
+"""Further timm families that can be collapsed: NaFlexVit, Cait and Beit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from timm.models.beit import Attention, RelativePositionBias
+from torch import Tensor, nn
+
+from ..order import CollapseError, Order
+from ..order.errors import describe
+from .base import Collapsed
+from .selection import Selection, sparse_patch_embed
+from .timm import CollapsedTimm
+
+
+class KeepAfterDropout(nn.Dropout):
+    """The dropout that follows the position embedding, for families without `patch_drop`: then keeps the patches.
+
+    An existing dropout becomes one by swapping its class, see `keep_after`.
+    """
+
+    selection: Selection
+    num_prefix_tokens: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.selection.apply(super().forward(x), self.num_prefix_tokens)
+
+
+def keep_after(dropout: nn.Dropout, selection: Selection, num_prefix_tokens: int) -> None:
+    """Make a dropout also keep the selected patches, in place."""
+    dropout.__class__ = KeepAfterDropout
+    dropout.selection, dropout.num_prefix_tokens = selection, num_prefix_tokens
+
+
+class CollapsedNaFlex(CollapsedTimm):
+    """`NaFlexVit`, on batches of images (B, C, H, W) while patches are dropped; all patches are embedded."""
+
+    def _attach(self) -> None:
+        pass  # `_forward_embeds` does it
+
+    def _image_grid(self, x: Tensor) -> tuple[int, int]:
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            raise CollapseError(
+                f"images must be a tensor of shape (B, C, H, W) while patches are dropped (keep={self.keep}), got "
+                f"{'a dict' if isinstance(x, dict) else describe(x)}: a patchified batch has no common grid"
+            )
+        embeds, size = self.embeds, tuple(x.shape[-2:])
+        if embeds.is_linear and not embeds.dynamic_img_pad:
+            if any(side % patch for side, patch in zip(size, embeds.patch_size)):
+                raise CollapseError(f"images must have sides that are multiples of {embeds.patch_size}, got {size}")
+        return tuple(embeds.dynamic_feat_size(size))
+
+    def _patch_size(self) -> tuple[int, int]:
+        return tuple(self.embeds.patch_size)
+
+    def _embed_patches(self, images: Tensor) -> Tensor:
+        embeds, (p, q) = self.embeds, self.embeds.patch_size
+        if not embeds.is_linear:
+            return embeds.norm(embeds.proj(images).flatten(2).mT)
+        b, c, h, w = images.shape
+        patches = images.reshape(b, c, h // p, p, w // q, q).permute(0, 2, 4, 3, 5, 1)
+        if not embeds.channels_last:
+            patches = patches.permute(0, 1, 2, 5, 3, 4)
+        patches = patches.flatten(1, 2).flatten(2)
+        if embeds.norm_input is not None:
+            patches = embeds.norm_input(patches)
+        return embeds.norm(embeds.proj(patches))
+
+    def _patch_positions(self, grid: tuple[int, int]) -> Tensor | None:
+        embeds = self.embeds
+        if embeds.pos_embed_type == "none":
+            return None
+        # timm adds them in place; to zeros, they are left alone
+        positions = embeds.proj.weight.new_zeros(1, grid[0] * grid[1], embeds.embed_dim)
+        if embeds.pos_embed_type == "factorized":
+            embeds._apply_factorized_pos_embed(positions, grid_size=list(grid))
+        else:
+            embeds._apply_learned_pos_embed(positions, grid_size=list(grid))
+        return positions
+
+    def forward(self, x, patch_coord=None, patch_valid=None, attn_mask=None, *, order: Order | None = None) -> Tensor:
+        """As the plain model's; `order` takes the place of the orderer's."""
+        patchified = isinstance(x, dict) or patch_coord is not None
+        if order is None and (patchified or self.keep == 1.0):
+            return super(Collapsed, self).forward(x, patch_coord, patch_valid, attn_mask)
+        features = self.forward_features(x, patch_coord, patch_valid, attn_mask, order=order)
+        return self.forward_head(features)
+
+    def forward_features(
+        self, patches, patch_coord=None, patch_valid=None, attn_mask=None, *, order: Order | None = None
+    ):
+        """As `CollapsedTimm`'s; patchified batches only where all patches are kept."""
+        self._refuse_patchified(patches, patch_coord, patch_valid, order)
+        return super().forward_features(
+            patches, order=order, patch_coord=patch_coord, patch_valid=patch_valid, attn_mask=attn_mask
+        )
+
+    def forward_intermediates(self, x, *args, patch_coord=None, patch_valid=None, order: Order | None = None, **kwargs):
+        """As `CollapsedTimm`'s; patchified batches only where all patches are kept."""
+        self._refuse_patchified(x, patch_coord, patch_valid, order)
+        return super().forward_intermediates(
+            x, *args, order=order, patch_coord=patch_coord, patch_valid=patch_valid, **kwargs
+        )
+
+    def _refuse_patchified(self, x, patch_coord, patch_valid, order: Order | None) -> None:
+        if order is None and self.keep == 1.0:
+            return
+        self._image_grid(x)
+        for name, value in (("patch_coord", patch_coord), ("patch_valid", patch_valid)):
+            if value is not None:
+                raise CollapseError(
+                    f"{name} must be None while patches are dropped (keep={self.keep}), got {describe(value)}: pass "
+                    "images of shape (B, C, H, W)"
+                )
+
+    def _forward_embeds(self, x, patch_coord, patch_valid, attn_mask) -> dict[str, Tensor | None]:
+        embeds = super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
+        selection = self.selection
+        if selection.kept is None:
+            return embeds
+        if selection.extra is not None:
+            selection.extra = self.norm_pre(selection.extra)  # the patches have had it
+        embeds["patches"] = selection.apply(embeds["patches"], self.num_prefix_tokens)
+        rope = embeds["rope_embeds"]
+        if rope is not None:
+            rope = rope[..., selection.positions(), :]  # (N, d) -> (B, k + r, d), mixed: (L, h, N, d) -> (L, h, B, ...)
+            embeds["rope_embeds"] = rope.transpose(1, 2) if self.rope_is_mixed else rope.unsqueeze(1)
+        return embeds
+
+
+class CollapsedCait(CollapsedTimm):
+    """`Cait`: patches are dropped after the position embedding; the class token comes after the last block."""
+
+    _returns_prefix_tokens = False
+
+    def _attach(self) -> None:
+        sparse_patch_embed(self.patch_embed, self.selection)
+        keep_after(self.pos_drop, self.selection, 0)
+
+    def _patch_positions(self, grid: tuple[int, int]) -> Tensor:
+        return self.pos_embed
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices=None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        *,
+        order: Order | None = None,
+    ):
+        """As `CollapsedTimm`'s; Cait has no prefix tokens to return."""
+        return super().forward_intermediates(
+            x,
+            indices,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+            order=order,
+        )
+
+
+class KeptBias(NamedTuple):
+    """What a Beit block gets instead of the shared relative position bias while patches are dropped.
+
+    It is an argument, not a state, so that a checkpointed block finds it again in the backward pass.
+    """
+
+    index: Tensor
+    """(B, n) long: the row of each token in the bias of the whole grid; 0 is the class token."""
+    shared: Tensor | None
+    """(B, heads, n, n), or None."""
+
+
+def pair_bias(table: Tensor, pairs: Tensor, index: Tensor) -> Tensor:
+    """Relative position bias of each image's own tokens.
+
+    Args:
+        table: (distances, heads).
+        pairs: (1 + N, 1 + N) long: the row of the table for each pair of tokens.
+        index: (B, n) long: the tokens.
+
+    Returns:
+        (B, heads, n, n).
+    """
+    return table[pairs[index.unsqueeze(2), index.unsqueeze(1)]].permute(0, 3, 1, 2)
+
+
+class KeptAttention(Attention):
+    """Beit's attention, that gathers its relative position bias for the kept patches."""
+
+    index: Tensor | None = None
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | KeptBias | None = None) -> Tensor:
+        if not isinstance(shared_rel_pos_bias, KeptBias):
+            return super().forward(x, shared_rel_pos_bias)
+        self.index = shared_rel_pos_bias.index
+        try:
+            return super().forward(x, shared_rel_pos_bias.shared)
+        finally:
+            self.index = None
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        if self.index is None:
+            return super()._get_rel_pos_bias()
+        return pair_bias(self.relative_position_bias_table, self.relative_position_index, self.index)
+
+
+class KeptSharedBias(RelativePositionBias):
+    """Beit's shared relative position bias, for the kept patches."""
+
+    selection: Selection
+
+    def forward(self) -> Tensor | KeptBias:
+        if self.selection.kept is None:
+            return super().forward()
+        index = kept_index(self.selection)
+        return KeptBias(index, pair_bias(self.relative_position_bias_table, self.relative_position_index, index))
+
+
+class NoSharedBias(nn.Module):
+    """Where a Beit has no shared bias: tells its blocks which patches are kept."""
+
+    def __init__(self, selection: Selection):
+        super().__init__()
+        self.selection = selection
+
+    def forward(self) -> KeptBias | None:
+        return None if self.selection.kept is None else KeptBias(kept_index(self.selection), None)
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        pass  # there is no table to resize
+
+
+def kept_index(selection: Selection) -> Tensor:
+    """(B, 1 + k + r) long: the class token, then the patch whose position each token has."""
+    return nn.functional.pad(selection.positions() + 1, (1, 0))
+
+
+class CollapsedBeit(CollapsedTimm):
+    """`Beit`: its relative position bias is gathered for each image's kept patches.
+
+    A token of the remainder has the relative position of the patch at the centre of what it stands for.
+    """
+
+    def _attach(self) -> None:
+        sparse_patch_embed(self.patch_embed, self.selection)
+        keep_after(self.pos_drop, self.selection, self.num_prefix_tokens)
+        for block in self.blocks:
+            block.attn.__class__ = KeptAttention
+        if isinstance(self.rel_pos_bias, RelativePositionBias):
+            self.rel_pos_bias.__class__ = KeptSharedBias
+            self.rel_pos_bias.selection = self.selection
+        else:
+            self.rel_pos_bias = NoSharedBias(self.selection)
+
+    def _patch_positions(self, grid: tuple[int, int]) -> Tensor | None:
+        return None if self.pos_embed is None else self.pos_embed[:, self.num_prefix_tokens :]

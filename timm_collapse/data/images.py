@@ -1,0 +1,81 @@
+"""Photo files to tensors: whatever a camera, a scanner or a web page hands over becomes an upright RGB image."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..order import CollapseError
+
+
+def load_photo(path: str | Path) -> Image.Image:
+    """Reads a photo as 8-bit RGB, upright.
+
+    The EXIF orientation is applied. Transparent pixels are laid over white, 16-bit grey levels are scaled to 8 bits (a
+    plain `convert` would clip them at 255), CMYK, palette, grey and bilevel images are converted; of an animation the
+    first frame is taken. Colour profiles are not applied.
+
+    Args:
+        path: A file in any format that Pillow reads.
+
+    Returns:
+        An image of mode "RGB".
+
+    Raises:
+        CollapseError: For a missing or unreadable file, a folder, a file that is no image, a damaged or truncated one,
+            one of more pixels than Pillow's decompression-bomb limit (179 million by default), or pixels without a
+            known range (floating point, 32-bit integers).
+    """
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise CollapseError(f"image: cannot read {path}: {error.strerror}") from error
+    # Pillow's warnings (odd metadata, sizes of half the limit) would only scatter lines around the result
+    with file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _to_rgb(ImageOps.exif_transpose(Image.open(file)), path)
+        except CollapseError:
+            raise
+        except UnidentifiedImageError as error:
+            raise CollapseError(f"image: {path} is not an image in a format that Pillow reads") from error
+        except Image.DecompressionBombError as error:
+            limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+            raise CollapseError(f"image: {path} is too large, more than {limit} million pixels") from error
+        except Exception as error:  # decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, ...
+            raise CollapseError(f"image: {path} is damaged or truncated: {error}") from error
+
+
+def photo_tensor(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
+    """Resizes an image so that it just covers the size (antialiased bicubic), and crops the centre.
+
+    Args:
+        image: RGB.
+        size: Side of a square, or height and width, in pixels.
+
+    Returns:
+        (3, height, width) float32 in [0, 1].
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255
+
+
+def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    """8-bit RGB of an image of any mode."""
+    if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" holds the 16 bits of PGM and old TIFF
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise CollapseError(f"image: {path} has 32-bit pixels beyond the 16-bit range; save it with 8 or 16 bits")
+        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise CollapseError(f"image: {path} has floating-point pixels of unknown range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
