@@ -21,7 +21,7 @@ from timm_collapse.evaluation import uncertainty_curve
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.evaluation.uncertainty import visible_counts
 from timm_collapse.order import image_dependence, rank_graph, spearman
-from timm_collapse.plots.figures import plot_training, save
+from timm_collapse.plots import plot_training, save
 
 RANKINGS = ("pagerank", "coverage", "in_degree", "transposed")
 

@@ -21,8 +21,7 @@ import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse.data import eval_transform, open_dataset
 from timm_collapse.evaluation import AccuracyCurve, accuracy_curves, image_batches
 from timm_collapse.evaluation.report import markdown_table, write_section
-from timm_collapse.plots.accuracy import plot_accuracy
-from timm_collapse.plots.figures import save
+from timm_collapse.plots import plot_accuracy, save
 
 KEEPS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.22, 0.1, 0.05, 0.01)
 SHOWN = (1.0, 0.7, 0.5, 0.22, 0.1)

@@ -20,7 +20,7 @@ from timm_collapse.evaluation import greedy_oracle, uncertainty_curve
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.evaluation.uncertainty import visible_counts
 from timm_collapse.order import BASELINES, image_dependence, spearman
-from timm_collapse.plots.figures import plot_uncertainty, save
+from timm_collapse.plots import plot_uncertainty, save
 
 RANKINGS = ("pagerank", "coverage", "in_degree", "transposed")
 

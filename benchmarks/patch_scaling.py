@@ -25,8 +25,7 @@ from timm_collapse.evaluation.cost import autocast, count_macs, images_per_secon
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.hub.save import weights_hash
 from timm_collapse.order import resolve_keep
-from timm_collapse.plots.accuracy import plot_budgets
-from timm_collapse.plots.figures import save
+from timm_collapse.plots import plot_budgets, save
 
 
 def parse() -> argparse.Namespace:

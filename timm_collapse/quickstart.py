@@ -19,7 +19,7 @@ from .lessons.pixels import Lesson
 from .models import CollapseOrder
 from .models.registry import TIN_MEAN, TIN_STD
 from .order import Order, image_dependence, spearman
-from .plots.figures import plot_class_heatmap, plot_dependency, plot_order, plot_training, plot_uncertainty, save
+from .plots import plot_class_heatmap, plot_dependency, plot_order, plot_training, plot_uncertainty, save
 
 SIZE, PATCH = 16, 2  # 8 px digits, enlarged twice: a grid of 8 x 8 patches
 SHAPE = {"img_size": SIZE, "patch_size": PATCH}

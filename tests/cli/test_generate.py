@@ -19,7 +19,7 @@ from timm_collapse.models import MAR, PixelCodec
 from timm_collapse.models.cmar import BANK_FILE
 from timm_collapse.models.draft import draft_order
 from timm_collapse.order import GENERATION_ORDERS, tokens_per_step
-from timm_collapse.plots.generation import Film
+from timm_collapse.plots import Film
 
 CLASSES = 3
 
@@ -189,10 +189,10 @@ def test_an_edit_keeps_all_other_tokens(run, folder):
 
 
 def test_the_grid_of_an_edit_begins_with_the_photo(run, folder, monkeypatch):
-    from timm_collapse.plots import generation as plots_generation
+    from timm_collapse import plots
 
-    calls, draw = [], plots_generation.plot_samples
-    monkeypatch.setattr(plots_generation, "plot_samples", lambda *given: calls.append(given) or draw(*given))
+    calls, draw = [], plots.plot_samples
+    monkeypatch.setattr(plots, "plot_samples", lambda *given: calls.append(given) or draw(*given))
     box = ["--image", folder / "photo.png", "--regenerate", 0, 0, 2, 2, "--diffusion-steps", 2]
     assert run(*box, "--labels", 2)[0] == run(*box, model="free")[0] == 0
     (images, names), (_, free) = calls

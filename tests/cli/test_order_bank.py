@@ -11,7 +11,7 @@ from timm_collapse import ClassOrderBank, CollapseError, CollapseOrder, Order
 from timm_collapse.cli.order_bank import declare_bank, run_bank
 from timm_collapse.cli.order_dataset import declare_order_dataset, run_order_dataset
 from timm_collapse.data import eval_transform, labels_of, open_dataset
-from timm_collapse.plots.generation import plot_bank
+from timm_collapse.plots import plot_bank
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from timm_collapse import CollapseError, CollapseOrder, Order, collapse
 from timm_collapse.evaluation import KEEPS, AccuracyCurve, accuracy_curves, costs_over_keep, with_orderer
 from timm_collapse.evaluation.accuracy import image_batches, plain_model
 from timm_collapse.evaluation.curve import area_under_curve, check_keeps, find_knee
-from timm_collapse.plots.accuracy import plot_accuracy, plot_budgets
+from timm_collapse.plots import plot_accuracy, plot_budgets
 
 
 def tiny(**kwargs):

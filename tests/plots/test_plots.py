@@ -8,8 +8,7 @@ import torch
 from matplotlib.collections import EllipseCollection, LineCollection
 
 from timm_collapse.order import CollapseError, Order
-from timm_collapse.plots.figures import (
-    BLANK,
+from timm_collapse.plots import (
     plot_class_heatmap,
     plot_dependency,
     plot_kept,
@@ -18,6 +17,7 @@ from timm_collapse.plots.figures import (
     plot_uncertainty,
     save,
 )
+from timm_collapse.plots.style import BLANK
 
 
 def random_order(images=1, grid=(4, 6)):

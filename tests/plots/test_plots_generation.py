@@ -6,8 +6,8 @@ import torch
 
 from timm_collapse import CollapseError, Order
 from timm_collapse.models import PixelCodec
-from timm_collapse.plots.figures import BLANK
-from timm_collapse.plots.generation import Film, plot_film, plot_samples
+from timm_collapse.plots import Film, plot_film, plot_samples
+from timm_collapse.plots.style import BLANK
 
 
 def cells(figure, rows, columns):

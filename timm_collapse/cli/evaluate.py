@@ -98,8 +98,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from ..evaluation.accuracy import image_batches
     from ..evaluation.curve import check_keeps
     from ..order import CollapseError
-    from ..plots.accuracy import plot_accuracy
-    from ..plots.figures import save
+    from ..plots import plot_accuracy, save
     from .evaluate_report import markdown, print_tables, results
 
     keeps = check_keeps(args.keeps or KEEPS)
@@ -255,7 +254,7 @@ def _columns(columns: list[float] | None, keeps: list[float]) -> list[float]:
 def _check_numbers(args: argparse.Namespace) -> None:
     """What would otherwise fail only after a long measurement."""
     from ..order import CollapseError
-    from ..plots.figures import SUFFIXES
+    from ..plots.style import SUFFIXES
 
     for name, low in {"batch_size": 1, "images": 0, "speed_batch": 0, "runs": 1, "workers": 0, "img_size": 1}.items():
         value = getattr(args, name)

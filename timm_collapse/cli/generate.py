@@ -103,8 +103,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from ..models import CollapseOrder
-    from ..plots.figures import save
-    from ..plots.generation import Film
+    from ..plots import Film, save
     from .evaluate import _device
     from .generate_inputs import choose_order, load_generator, matching_codec, parse_labels, read_edit
 
@@ -222,8 +221,8 @@ def _grid(pixels: Tensor, labels: Tensor, edit: Edit | None, mar: MAR) -> Figure
     """The picture of the first images; for an edit below the photo, and the photo without what is made anew."""
     import torch
 
-    from ..plots.figures import blanked
-    from ..plots.generation import plot_samples
+    from ..plots import plot_samples
+    from ..plots.style import blanked
 
     images, names = pixels.float() / 255, None
     if mar.num_classes:
@@ -255,7 +254,7 @@ def _diffusion_steps(args: argparse.Namespace) -> int | tuple[int, int] | None:
 def _check(args: argparse.Namespace) -> None:
     """What would otherwise fail only after a model is loaded or images are generated, or be ignored."""
     from ..order import CollapseError
-    from ..plots.figures import SUFFIXES
+    from ..plots.style import SUFFIXES
 
     lows = {"per_label": 1, "batch_size": 1, "guidance_scale": 0, "temperature": 0, "order_temperature": 0,
             "random_share": 0}  # fmt: skip

@@ -78,7 +78,7 @@ def run_order(args: argparse.Namespace) -> None:
 
     from ..data.images import load_photo, photo_tensor
     from ..order import CollapseError, check_grid, resolve_keep
-    from ..plots.figures import plot_kept, plot_order, save
+    from ..plots import plot_kept, plot_order, save
 
     height, width = check_grid(tuple(args.grid))
     if max(height, width) > MAX_GRID:

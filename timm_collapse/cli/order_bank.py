@@ -93,8 +93,7 @@ def run_bank(args: argparse.Namespace) -> None:
     bank = ClassOrderBank.build(orders, classes, args.per_class, args.seed, source)
     bank.save(args.out)
     if args.plot:
-        from ..plots.figures import save
-        from ..plots.generation import plot_bank
+        from ..plots import plot_bank, save
 
         save(plot_bank(bank), args.plot)
     _print(args, bank)
@@ -213,7 +212,7 @@ def table_orders(args: argparse.Namespace) -> tuple[Iterator[tuple[Order, Tensor
 def _check(args: argparse.Namespace) -> None:
     """What would otherwise fail only after all orders are computed, or be ignored."""
     from ..order import CollapseError
-    from ..plots.figures import SUFFIXES
+    from ..plots.style import SUFFIXES
 
     check_numbers(args, {"images": 0, "per_class": 1, "batch_size": 1, "workers": 0, "img_size": 1})
     if not (args.dataset or args.order_table):

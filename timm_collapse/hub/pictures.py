@@ -12,8 +12,7 @@ from ..collapse.base import Collapsed
 from ..data.images import photo_tensor
 from ..models import MAR, CollapseOrder, CoMAE, Ranker
 from ..order import CollapseError
-from ..plots.figures import plot_kept, plot_order, save
-from ..plots.generation import plot_samples
+from ..plots import plot_kept, plot_order, plot_samples, save
 
 CREDIT = "Photos: scikit-learn's flower.jpg (vultilion) and china.jpg (T. Liu), CC BY 2.0"
 PICTURES = ("samples.png", "kept.png", "order.png")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
-from ..evaluation import AccuracyCurve
 from ..order import CollapseError
-from .figures import LABEL, LINE_COLOURS, LINE_STYLES, TICK, _plain_axes
+from .style import LABEL, legend_beside, line_style, plain_axes
+
+if TYPE_CHECKING:
+    from ..evaluation import AccuracyCurve
 
 
 def plot_accuracy(
@@ -38,7 +41,7 @@ def plot_accuracy(
     axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
     lines = []
     for i, (name, curve) in enumerate(curves.items()):
-        style = _style(i)
+        style = line_style(i)
         values, errors = getattr(curve, points), getattr(curve, f"{points}_error")
         if len(curve.keeps) == 1:
             lines.append(axes[0].axhline(values[0], color=style["color"], linestyle=":", linewidth=1.6))
@@ -56,9 +59,9 @@ def plot_accuracy(
     if speeds is not None:
         axes[1].set_xlabel("images per second, order included", fontsize=LABEL)
         axes[1].set_xlim(left=0)
-        _plain_axes(axes[1])
+        plain_axes(axes[1])
     labels = [name if curve.knee is None else f"{name}  (knee at {curve.knee:.0%})" for name, curve in curves.items()]
-    _legend(axes[-1], lines, labels)
+    legend_beside(axes[-1], lines, labels)
     return figure
 
 
@@ -78,30 +81,15 @@ def plot_budgets(points: Mapping[str, Sequence[tuple[float, float, float, float]
     for i, (name, values) in enumerate(points.items()):
         tokens, accuracy, errors, speeds = zip(*values, strict=True)
         for ax, x in zip(axes, (tokens, speeds)):
-            ax.errorbar(x, accuracy, errors, linewidth=1.6, marker=".", markersize=8, label=name, **_style(i))
+            ax.errorbar(x, accuracy, errors, linewidth=1.6, marker=".", markersize=8, label=name, **line_style(i))
     for ax, label in zip(axes, ("tokens", "images per second, order included")):
         ax.set_xscale("log", base=2 if label == "tokens" else 10)
         ax.set_xlabel(label, fontsize=LABEL)
-        _plain_axes(ax)
+        plain_axes(ax)
     axes[0].xaxis.set_major_formatter(ScalarFormatter())
     axes[0].set_ylabel("top-1 accuracy (%)", fontsize=LABEL)
-    _legend(axes[1])
+    legend_beside(axes[1])
     return figure
-
-
-def _style(i: int) -> dict:
-    """Colour and stroke of the line with number i."""
-    return {"color": LINE_COLOURS[i % len(LINE_COLOURS)],
-            "linestyle": LINE_STYLES[i // len(LINE_COLOURS) % len(LINE_STYLES)]}  # fmt: skip
-
-
-def _legend(ax: Axes, *lines_and_labels) -> None:
-    """Right of the axes; of all labelled lines where none are given."""
-    legend = ax.legend(
-        *lines_and_labels, fontsize=TICK, frameon=False, alignment="left", loc="upper left", bbox_to_anchor=(1.0, 1.0)
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # names may hold dollar signs
 
 
 def _line(ax: Axes, x: Sequence[float], y: Sequence[float], style: dict):
@@ -119,4 +107,4 @@ def _finish_keep_axis(ax: Axes, smallest: float) -> None:
     ax.set_xlabel("share of visible patches", fontsize=LABEL)
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set_xlim(1.02, min(smallest, 0.98) - 0.02)
-    _plain_axes(ax)
+    plain_axes(ax)

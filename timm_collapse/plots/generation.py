@@ -12,19 +12,19 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..order import ClassOrderBank, CollapseError, Order, check_grid
-from .figures import (
+from .style import (
     BLANK,
     LABEL,
     MAX_IMAGES,
     RANK_COLOURS,
     TICK,
-    _colour_bar,
-    _panels,
-    _picture,
-    _shape,
-    _show,
-    _title,
     blanked,
+    colour_bar,
+    panels,
+    set_title,
+    shape_of,
+    show_on_grid,
+    to_picture,
 )
 
 if TYPE_CHECKING:
@@ -55,14 +55,16 @@ def plot_bank(bank: ClassOrderBank, names: Sequence[str] | None = None) -> Figur
     ranks = n * (1 - bank.means[shown].double().numpy())
     low, high = ranks.min(), ranks.max()
     norm = Normalize(low, high if high > low else low + 1)
-    axes, figure = _panels(len(shown), columns=5, width=2.1, height=2.3)
+    axes, figure = panels(len(shown), columns=5, width=2.1, height=2.3)
     for ax, label, values in zip(axes, shown, ranks, strict=True):
         # without a picture, a patch is drawn as a square
-        drawn = _show(ax, values.reshape(bank.grid), bank.grid, np.empty(bank.grid), cmap=RANK_COLOURS, norm=norm)
-        _title(ax, names[label] if names is not None else f"class {label}")
+        drawn = show_on_grid(
+            ax, values.reshape(bank.grid), bank.grid, np.empty(bank.grid), cmap=RANK_COLOURS, norm=norm
+        )
+        set_title(ax, names[label] if names is not None else f"class {label}")
     if len(shown) < bank.num_classes:
         figure.supxlabel(f"{len(shown)} of {bank.num_classes} classes", fontsize=LABEL)
-    _colour_bar(figure, drawn, list(axes), "mean rank (0 = first)").ax.invert_yaxis()
+    colour_bar(figure, drawn, list(axes), "mean rank (0 = first)").ax.invert_yaxis()
     return figure
 
 
@@ -122,11 +124,13 @@ def plot_film(states: Tensor, known: Tensor, order: Order) -> Figure:
         CollapseError: For states of another shape or range, or masks or orders that do not fit them.
     """
     if not isinstance(states, Tensor) or states.ndim != 5 or 0 in states.shape or states.shape[1] > MAX_FILM:
-        raise CollapseError(f"states must be (S, B, 3, H, W), S at least 1, B in [1, {MAX_FILM}], got {_shape(states)}")
-    moments, batch, tokens = *states.shape[:2], order.num_patches
-    if _shape(known) != (moments, batch, tokens) or len(order) != batch or known.dtype != torch.bool:
         raise CollapseError(
-            f"known must be bool {(moments, batch, tokens)} and order of {batch} samples, got {_shape(known)} and "
+            f"states must be (S, B, 3, H, W), S at least 1, B in [1, {MAX_FILM}], got {shape_of(states)}"
+        )
+    moments, batch, tokens = *states.shape[:2], order.num_patches
+    if shape_of(known) != (moments, batch, tokens) or len(order) != batch or known.dtype != torch.bool:
+        raise CollapseError(
+            f"known must be bool {(moments, batch, tokens)} and order of {batch} samples, got {shape_of(known)} and "
             f"{len(order)}"
         )
     figure = Figure(figsize=(1.3 * (moments + 1) + 1, 1.4 * batch + 0.4), layout="constrained")
@@ -135,15 +139,15 @@ def plot_film(states: Tensor, known: Tensor, order: Order) -> Figure:
     norm = Normalize(0, max(1, max(float(np.nanmax(each, initial=0)) for each in places)))
     for sample in range(batch):
         for moment in range(moments):
-            picture, mask = _picture(states[moment, sample]), known[moment, sample]
-            _show(axes[sample, moment], blanked(picture, mask, order.grid), order.grid)
+            picture, mask = to_picture(states[moment, sample]), known[moment, sample]
+            show_on_grid(axes[sample, moment], blanked(picture, mask, order.grid), order.grid)
             if not sample:
                 axes[0, moment].set_title(f"{int(mask.sum())} of {tokens}", fontsize=LABEL)
         heat = np.ma.masked_invalid(places[sample].reshape(order.grid))
         colours = RANK_COLOURS.with_extremes(bad=(BLANK,) * 3)
-        drawn = _show(axes[sample, -1], heat, order.grid, picture, cmap=colours, norm=norm)
+        drawn = show_on_grid(axes[sample, -1], heat, order.grid, picture, cmap=colours, norm=norm)
     axes[0, -1].set_title("order", fontsize=LABEL)
-    _colour_bar(figure, drawn, list(axes[:, -1]), "0 = first").ax.invert_yaxis()
+    colour_bar(figure, drawn, list(axes[:, -1]), "0 = first").ax.invert_yaxis()
     return figure
 
 
@@ -160,7 +164,7 @@ def plot_samples(images: Tensor, labels: Sequence[int | str] | None = None, colu
         CollapseError: For images of another shape or range, too many of them, another number of labels, or no columns.
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or not 1 <= len(images) <= MAX_IMAGES:
-        raise CollapseError(f"images must be (B, 3, H, W), B in [1, {MAX_IMAGES}], got {_shape(images)}")
+        raise CollapseError(f"images must be (B, 3, H, W), B in [1, {MAX_IMAGES}], got {shape_of(images)}")
     if labels is not None and len(labels) != len(images):
         raise CollapseError(f"labels must be {len(images)}, one an image, got {len(labels)}")
     if columns < 1:
@@ -179,7 +183,7 @@ def plot_samples(images: Tensor, labels: Sequence[int | str] | None = None, colu
     canvas = np.ones((len(rows) * cell[0], width * cell[1], 3))
     for r, row in enumerate(rows):
         for c, number in enumerate(row):
-            picture = _picture(images[number]).repeat(factor, 0).repeat(factor, 1)
+            picture = to_picture(images[number]).repeat(factor, 0).repeat(factor, 1)
             y, x = r * cell[0], c * cell[1]
             canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
     margin = 0.1 * max(map(len, names)) + 0.2
