@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 import timm_collapse  # noqa: F401
 from timm_collapse import CollapseError, CollapseOrder
+from timm_collapse.hub.download import WEIGHTS
 from timm_collapse.hub.save import load_weights, save_model
-from timm_collapse.models.registry import WEIGHTS
+from timm_collapse.models.registry import load_model
 
 SMALL = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1}
 MODELS = {
@@ -83,3 +84,22 @@ def test_bundled_weights_load_both_ways_and_fit_their_limits(folder):
 
 def test_bundled_weights_fit_together():
     assert sum(f.stat().st_size for f in WEIGHTS.rglob("*.safetensors")) < 40e6
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_that_says_why(tmp_path):
+    model = timm.create_model("collapse_ranker_tiny", **SMALL)
+    save_model(model, tmp_path)
+    for name in (tmp_path, f"local-dir:{tmp_path}"):
+        loaded = load_model(name, "judge")
+        assert not loaded.training and torch.equal(loaded.embed.weight, model.embed.weight)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:-9])
+    (tmp_path / "empty").mkdir()
+    cases = (("vit_enormous", {}), (tmp_path, {}), (tmp_path / "empty", {}), ("vit_tiny_patch16_224", {"depths": 3}))
+    for name, kwargs in cases:
+        with pytest.raises(CollapseError, match=f"^judge: '{name}' could not be loaded: .+") as caught:
+            load_model(name, "judge", pretrained=not kwargs, **kwargs)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CollapseError, match="judge: .*could not be loaded: .*size mismatch for .* and [0-9]+ more$"):
+        load_model(tmp_path, "judge", dim=64)

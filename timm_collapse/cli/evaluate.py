@@ -183,24 +183,16 @@ def load_model(name: str, args: argparse.Namespace, info: DatasetInfo) -> nn.Mod
     Raises:
         CollapseError: Nothing of that name, or a classifier of other classes than the data set's.
     """
-    import timm
     import torch
 
+    from ..models import registry
     from ..order import CollapseError
 
-    folder = Path(name.removeprefix("local-dir:"))
-    source = f"local-dir:{folder}" if folder.is_dir() else name
     kwargs: dict[str, Any] = {"img_size": args.img_size} if args.img_size else {}
     if not args.pretrained and info.num_classes:
         kwargs["num_classes"] = info.num_classes
     torch.manual_seed(args.seed)
-    try:
-        model = timm.create_model(source, pretrained=args.pretrained, **kwargs).eval()
-    except CollapseError:
-        raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, AssertionError) as error:
-        hint = "" if not args.pretrained else "; --no-pretrained needs no weights"
-        raise CollapseError(f"model: {name!r} could not be loaded: {error or type(error).__name__}{hint}") from error
+    model = registry.load_model(name, "model", args.pretrained, **kwargs)
     classes = getattr(model, "num_classes", 0)
     if not classes:
         raise CollapseError(f"model: {name!r} is no classifier: it has 0 classes")

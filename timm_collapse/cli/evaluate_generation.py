@@ -190,20 +190,14 @@ def _check_statistics(statistics: FeatureStatistics | None, name: str, path: str
 
 def _load_model(name: str) -> tuple[nn.Module, str]:
     """The feature model and its name, folders by their last two parts."""
-    import timm
-
     from ..evaluation.report import relative_paths
+    from ..models.registry import load_model
     from ..order import CollapseError
 
-    path = name.removeprefix("local-dir:")
-    folder = Path(path).is_dir()
-    try:
-        model = timm.create_model(f"local-dir:{path}" if folder else name, pretrained=True).eval()
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, AssertionError) as error:
-        raise CollapseError(f"--features: {name!r} could not be loaded: {error or type(error).__name__}") from error
+    model = load_model(name, "--features")
     if not getattr(model, "num_classes", 0):
         raise CollapseError(f"--features: {name!r} is no classifier: it has 0 classes")
-    return model, relative_paths(path)
+    return model, relative_paths(name.removeprefix("local-dir:"))
 
 
 def _results(args: argparse.Namespace, report: GenerationReport | InceptionReport) -> dict[str, Any]:

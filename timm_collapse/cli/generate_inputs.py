@@ -6,15 +6,14 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..data.images import load_photo, photo_tensor
 from ..hub.mar_checkpoints import load_mar
 from ..models import MAR, PixelCodec, VaeCodec, load_codec
 from ..models.codec import WEIGHT_FILES
+from ..models.registry import load_model
 from ..order import ClassOrderBank, CollapseError, GenerationOrder
 
 FROM_BANK = ("collapse", "collapse_reversed")
@@ -44,15 +43,10 @@ def load_generator(name: str) -> MAR:
             return load_mar(path)
         except CollapseError as error:
             raise CollapseError(f"model: {str(error).removeprefix('init: ')}") from error
-    try:
-        model = timm.create_model(f"local-dir:{path}" if path.is_dir() else name, pretrained=True)
-    except CollapseError:
-        raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError, AssertionError) as error:
-        raise CollapseError(f"model: {name!r} could not be loaded: {error or type(error).__name__}") from error
+    model = load_model(name, "model")
     if not isinstance(model, MAR):
         raise CollapseError(f"model: {name!r} is no generator, but a {type(model).__name__}")
-    return model.eval()
+    return model
 
 
 def matching_codec(mar: MAR, name: str | None) -> PixelCodec | VaeCodec:

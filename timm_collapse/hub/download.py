@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from timm.models import PretrainedCfg
 
 from ..order import CollapseError
@@ -152,6 +155,28 @@ def find_orderer(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pat
 def bundled_models() -> list[str]:
     """Names of the models whose weights come with the package."""
     return sorted(folder.name for folder in WEIGHTS.iterdir() if folder.is_dir())
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Whatever timm, torch, safetensors or the system raise inside, as one line; a `CollapseError` passes as it is.
+
+    Args:
+        what: The argument and what was given, such as "model: 'vit_enormous'".
+
+    Raises:
+        CollapseError: "WHAT could not be loaded: WHY".
+    """
+    try:
+        yield
+    except CollapseError:
+        raise
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AssertionError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch writes a line for a tensor
+        more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
+        raise CollapseError(
+            f"{what} could not be loaded: {' '.join(lines[:4]) or type(error).__name__}{more}"
+        ) from error
 
 
 def http_status(error: BaseException) -> int | None:

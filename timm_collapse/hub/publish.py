@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
 from timm.models._input import update_model_args
 from torch import nn
 
@@ -18,6 +17,7 @@ from ..collapse.base import Collapsed
 from ..evaluation.report import without_paths
 from ..models import MAR
 from ..models.cmar import BANK_FILE
+from ..models.registry import load_model
 from ..order import CollapseError
 from .card import CARD_FILE, trained_on, write_card
 from .config import HubConfig
@@ -46,26 +46,19 @@ def load_checkpoint(config: HubConfig, checkpoint: str | Path = "") -> nn.Module
     if not checkpoint:
         raise CollapseError(f"checkpoint: {config.name} has no weights of its own; give the folder of a run. It is "
                             f"trained by: {' && '.join(config.train)}")  # fmt: skip
-    try:
-        if Path(checkpoint).is_dir():
-            model = timm.create_model(f"local-dir:{checkpoint}", pretrained=True, **config.model_args)
-        elif Path(checkpoint).is_file():
-            model = timm.create_model(config.architecture, **config.model_args)
-            if not isinstance(model, MAR):
-                raise CollapseError(f"checkpoint: only a generator can be read from a file alone, got {checkpoint!r}")
-            load_mar_weights(model, checkpoint)
-        elif timm.is_model_pretrained(checkpoint):
-            model = timm.create_model(checkpoint, pretrained=True, **config.model_args)
-        else:
-            raise CollapseError(f"checkpoint: {checkpoint!r} is neither a folder, a file, nor a model with weights")
-    except CollapseError:
-        raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise CollapseError(f"checkpoint: {checkpoint!r} could not be loaded: {error}") from error
+    if Path(checkpoint).is_file():
+        model = load_model(config.architecture, "architecture", pretrained=False, **config.model_args)
+        if not isinstance(model, MAR):
+            raise CollapseError(f"checkpoint: only a generator can be read from a file alone, got {checkpoint!r}")
+        load_mar_weights(model, checkpoint)
+    elif Path(checkpoint).is_dir() or timm.is_model_pretrained(checkpoint):
+        model = load_model(checkpoint, "checkpoint", **config.model_args)
+    else:
+        raise CollapseError(f"checkpoint: {checkpoint!r} is neither a folder, a file, nor a model with weights")
     found = model.pretrained_cfg["architecture"]
     if found != config.architecture:
         raise CollapseError(f"checkpoint: {checkpoint!r} is a {found}, {config.name} is a {config.architecture}")
-    return model.eval()
+    return model
 
 
 def publish_folder(

@@ -19,6 +19,7 @@ from ..collapse.base import Collapsed
 from ..models import MAR, CollapseOrder
 from ..models.cmar import BANK_FILE
 from ..models.orderer import SETTINGS
+from ..models.registry import load_model
 from ..order import CollapseError
 from .download import CONFIG_FILE, ORDERER_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
 
@@ -108,10 +109,10 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
     Raises:
         CollapseError: No model there, or one whose weights do not fit.
     """
+    state = load_model(source, "init").state_dict()
     try:
-        name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
-        model.load_state_dict(timm.create_model(name, pretrained=True).state_dict())
-    except (OSError, RuntimeError) as error:
+        model.load_state_dict(state)
+    except RuntimeError as error:
         raise CollapseError(f"init: the weights of {str(source)!r} do not fit: {error}") from error
 
 

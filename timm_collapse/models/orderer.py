@@ -9,10 +9,9 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..hub.download import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, bundled_models, download, find_file
+from ..hub.download import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, bundled_models, download, find_file, loading
 from ..order import BASELINES, RANKINGS, CollapseError, Order, baseline_scores, check_grid, check_images, rank_graph
 from ..order.hierarchy import hierarchical_pagerank
 from ..order.order import check_spread, places_before_spreading
@@ -120,13 +119,9 @@ class CollapseOrder(nn.Module):
             raise CollapseError(
                 f"name: {name!r} is neither a registered model, a folder, nor a Hub id; bundled: {', '.join(known)}"
             )
-        try:
-            with torch.device("cpu"):  # whoever builds the model around it on no device still gets its weights
-                model = timm.create_model(source, pretrained=True)
-        except CollapseError:
-            raise
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise CollapseError(f"name: {name!r} could not be loaded: {error or type(error).__name__}") from error
+        # on the CPU: whoever builds the model around it on no device still gets its weights
+        with loading(f"name: {name!r}"), torch.device("cpu"):
+            model = timm.create_model(source, pretrained=True)
         return cls(model, **{**saved, **kwargs})
 
     def forward(self, images: Tensor, grid: tuple[int, int] | None = None, upto: int | None = None) -> Order:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import timm
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
-from ..hub.download import WEIGHTS, local_weights
+from ..hub.download import WEIGHTS, loading, local_weights
 from ..order import CollapseError
 
 TIN_MEAN, TIN_STD = (0.480, 0.448, 0.398), (0.277, 0.269, 0.282)
@@ -58,3 +60,20 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, defaults: dict[s
     # save_for_hf writes these into config.json, so that local-dir: and hf-hub: rebuild the same shape
     model.model_args = {k: v for k, v in kwargs.items() if not k.startswith("pretrained") and k != "cache_dir"}
     return model
+
+
+def load_model(name: str | Path, argument: str, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+    """A model in eval mode, or why there is none.
+
+    Args:
+        name: A registered model, a local folder (with or without `local-dir:`), or `hf-hub:` and an id.
+        argument: What the user gave the name as; the message begins with it.
+        kwargs: For `timm.create_model`.
+
+    Raises:
+        CollapseError: Nothing of that name, no weights, or others than its architecture has.
+    """
+    folder = Path(str(name).removeprefix("local-dir:"))
+    source = f"local-dir:{folder}" if folder.is_dir() else str(name)
+    with loading(f"{argument}: {str(name)!r}"):
+        return timm.create_model(source, pretrained, **kwargs).eval()
