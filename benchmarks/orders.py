@@ -19,6 +19,7 @@ from timm_collapse.data import eval_transform, open_dataset
 from timm_collapse.evaluation import greedy_oracle, uncertainty_curve
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.evaluation.uncertainty import visible_counts
+from timm_collapse.models.normalisation import Normalisation
 from timm_collapse.order import BASELINES, image_dependence, spearman
 from timm_collapse.plots import plot_uncertainty, save
 
@@ -126,9 +127,7 @@ def main() -> None:
 
 def ordered(orderer: CollapseOrder, images: torch.Tensor, cfg: dict, grid: tuple[int, int]) -> Order:
     """Orders of images given in the judge's normalisation."""
-    mean, std = (torch.tensor(cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-    own_mean, own_std = (torch.tensor(v).view(1, -1, 1, 1) for v in (orderer.mean, orderer.std))
-    images = (images * std + mean - own_mean) / own_std
+    images = Normalisation.of(cfg).to(Normalisation.of(orderer), images)
     return Order.cat([orderer(part, grid=grid) for part in tqdm(images.split(32), desc="ordering", leave=False)])
 
 

@@ -17,6 +17,7 @@ from .hub.save import save_model
 from .lessons.comae import alternate
 from .lessons.pixels import Lesson
 from .models import CollapseOrder
+from .models.normalisation import Normalisation
 from .models.registry import TIN_MEAN, TIN_STD
 from .order import Order, image_dependence, spearman
 from .plots import plot_class_heatmap, plot_dependency, plot_order, plot_training, plot_uncertainty, save
@@ -143,8 +144,7 @@ def _report(console: Console, curves: dict[str, UncertaintyCurve]) -> dict[str, 
 
 def _picture(image: Tensor) -> Tensor:
     """A normalised image (3, H, W) back in [0, 1]."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (TIN_MEAN, TIN_STD))
-    return (image * std + mean).clamp(0, 1)
+    return Normalisation(TIN_MEAN, TIN_STD).undo(image).clamp(0, 1)
 
 
 def _pictures(output: Path, image: Tensor, order: Order, curves: dict[str, UncertaintyCurve]) -> None:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm
-import torch
 
 from timm_collapse import CollapseError, Ranker, collapse
 from timm_collapse.data import open_dataset, train_transform
@@ -27,6 +26,7 @@ from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
 from timm_collapse.hub.save import load_weights, save_model
 from timm_collapse.lessons.features import FeatureLesson
 from timm_collapse.lessons.pixels import Lesson
+from timm_collapse.models.normalisation import Normalisation
 
 
 @dataclass
@@ -101,11 +101,10 @@ def train_on_features(args: Args, model: Ranker) -> None:
     check_grid(model, teacher.patch_embed.grid_size, "teacher")
     run = start(args, model, size[0], cfg)
     lesson = FeatureLesson(teacher.to(run.accelerator.device), args.sets, args.teacher_remainder)
-    mean, std = (torch.tensor(cfg[key]).view(3, 1, 1).to(run.accelerator.device) for key in ("mean", "std"))
-    own_mean, own_std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1).to(mean) for key in ("mean", "std"))
+    normalisation, own_normalisation = Normalisation.of(cfg), Normalisation.of(model.pretrained_cfg)
     for images, _ in run:
         own = run.progress > 0.05 and run.uniform() < args.on_policy
-        own_images = (images * std + mean - own_mean) / own_std
+        own_images = normalisation.to(own_normalisation, images)
         with run.accelerator.autocast():
             visible, revealed, errors = lesson(images, run, run.bare if own else None, own_images)
             out = run.model(own_images, visible, revealed, errors)

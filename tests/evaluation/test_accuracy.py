@@ -24,7 +24,7 @@ class Known(torch.nn.Module):
 
     def __init__(self, orderer=None):
         super().__init__()
-        self.keep, self.orderer, self._affine, self.orders = 0.5, orderer or SimpleNamespace(), None, []
+        self.keep, self.orderer, self.normalisation, self.orders = 0.5, orderer or SimpleNamespace(), None, []
 
     def _image_grid(self, images):
         return (1, 10)

@@ -77,6 +77,7 @@ def run_order(args: argparse.Namespace) -> None:
     import torch
 
     from ..data.images import load_photo, photo_tensor
+    from ..models.normalisation import Normalisation
     from ..order import CollapseError, check_grid, resolve_keep
     from ..plots import plot_kept, plot_order, save
 
@@ -95,8 +96,7 @@ def run_order(args: argparse.Namespace) -> None:
     pixels = torch.stack(photos)
 
     orderer = _load_orderer(args.model, args.ranking, args.seed)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (orderer.mean, orderer.std))
-    order = orderer((pixels - mean) / std, grid=(height, width))
+    order = orderer(Normalisation.of(orderer).apply(pixels), grid=(height, width))
 
     one = len(photos) == 1
     save(plot_order(pixels[0], order, kept) if one else plot_kept(pixels, order, kept), args.out)

@@ -14,6 +14,7 @@ import torch
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from ..models.normalisation import Normalisation
 from ..order import CollapseError, Order, resolve_keep
 from ..order.errors import describe
 from .remainder import REMAINDERS, Prefix, plan_remainder
@@ -62,10 +63,7 @@ class Collapsed:
         self.remainder, self.coarse_share = remainder, coarse_share
         self.selection = Selection()
         self.orderer = orderer
-        self.normalisation = tuple(mean), tuple(std)
-        scale = [s / own for s, own in zip(std, orderer.std)]
-        shift = [(m - own) / s for m, own, s in zip(mean, orderer.mean, orderer.std)]
-        self._affine = None if scale == [1.0] * 3 and shift == [0.0] * 3 else (tuple(scale), tuple(shift))
+        self.normalisation = Normalisation(mean, std)
         self.keep = keep
         self._attach()
 
@@ -132,9 +130,7 @@ class Collapsed:
         """The order of the patches of images (B, 3, H, W) in this model's normalisation, on its own grid or another."""
         own = self._image_grid(images)
         images = fit_images(images, own, self._patch_size())
-        if self._affine is not None:
-            scale, shift = (images.new_tensor(values).view(3, 1, 1) for values in self._affine)
-            images = images * scale + shift
+        images = self.normalisation.to(Normalisation.of(self.orderer), images)
         return self.orderer(images, grid=grid or own, upto=upto)
 
     def _select(self, x: Tensor, order: Order | None) -> None:

@@ -80,7 +80,8 @@ def collapse(
         raise CollapseError(f"orderer must be a CollapseOrder or a name, got {describe(orderer)}")
     keep = check_keep(keep)
     cfg = hf_cfg(model) if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
-    known = model.normalisation if isinstance(model, Collapsed) else (cfg.get("mean"), cfg.get("std"))
+    known = model.normalisation if isinstance(model, Collapsed) else None
+    known = (known.mean, known.std) if known else (cfg.get("mean"), cfg.get("std"))
     mean, std = mean or known[0] or IMAGENET_DEFAULT_MEAN, std or known[1] or IMAGENET_DEFAULT_STD
     base = type(model)
     if not isinstance(model, Collapsed):

@@ -126,7 +126,7 @@ def _shared_order(model: nn.Module, images: Tensor, keeps: list[float], orders: 
         return None
     grid = model._image_grid(images)
     whole = getattr(model, "remainder", "none") == "mixed"  # which goes by the ranks of all patches
-    key = (id(model.orderer), grid, model._affine, whole)
+    key = (id(model.orderer), grid, model.normalisation, whole)
     if key not in orders:
         num_patches = grid[0] * grid[1]
         needed = [k for k in (resolve_keep(keep, num_patches) for keep in keeps) if k < num_patches]

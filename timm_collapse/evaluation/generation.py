@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..models.normalisation import Normalisation
 from ..order import CollapseError
 from ..order.errors import describe
 from .cost import autocast
@@ -122,7 +123,7 @@ def extract_features(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         raise CollapseError(f"model must have forward_features and forward_head, as timm's, got {type(model).__name__}")
-    prepare = _preparation(model, device)
+    prepare = _preparation(model)
     training = model.training
     features, logits, labels = [], [], []
     try:
@@ -239,7 +240,7 @@ def model_name(model: nn.Module) -> str:
     return ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag")))) or type(model).__name__
 
 
-def _preparation(model: nn.Module, device: torch.device):
+def _preparation(model: nn.Module):
     """Images (B, 3, H, W), uint8 or in [0, 1], to what the model takes."""
     from timm.data import resolve_model_data_config
 
@@ -247,7 +248,7 @@ def _preparation(model: nn.Module, device: torch.device):
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     config = resolve_model_data_config(model, args={"input_size": (3, *size)} if size else None)
     height, width = config["input_size"][1:]
-    mean, std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+    normalisation = Normalisation.of(config)
     mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
 
     def prepare(images: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ def _preparation(model: nn.Module, device: torch.device):
         for size in ((crop[0], width), (height, width)):
             if images.shape[-2:] != size:
                 images = F.interpolate(images, size, mode=mode, antialias=True).clamp(0, 1)
-        return (images - mean) / std
+        return normalisation.apply(images)
 
     return prepare
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..collapse.base import Collapsed
 from ..data.images import photo_tensor
 from ..models import MAR, CollapseOrder, CoMAE, Ranker
+from ..models.normalisation import Normalisation
 from ..order import CollapseError
 from ..plots import plot_kept, plot_order, plot_samples, save
 
@@ -45,14 +46,14 @@ def draw_picture(model: nn.Module, folder: Path) -> Picture | None:
     if isinstance(model, Collapsed):
         height, width = model.pretrained_cfg["input_size"][1:]
         photos = _photos(height, width)
-        order = model.compute_order(_normalised(photos, *model.normalisation))
+        order = model.compute_order(model.normalisation.apply(photos))
         keep = 1.0 if model.keep == 1 else model.keep
         save(plot_kept(photos, order, keep), folder / "kept.png")
         return Picture("kept.png", f"The patches that it sees. {CREDIT}.")
     if isinstance(model, (CoMAE, Ranker)):
         orderer = CollapseOrder(model)
         photos = _photos(*model.pretrained_cfg["input_size"][1:])[:1]
-        order = orderer(_normalised(photos, orderer.mean, orderer.std))
+        order = orderer(Normalisation.of(orderer).apply(photos))
         save(plot_order(photos[0], order), folder / "order.png")
         return Picture("order.png", f"The order of a photo. {CREDIT}.")
     return None
@@ -84,8 +85,3 @@ def _photos(height: int, width: int) -> Tensor:
 
     names = ("flower.jpg", "china.jpg")
     return torch.stack([photo_tensor(Image.fromarray(load_sample_image(name)), (height, width)) for name in names])
-
-
-def _normalised(photos: Tensor, mean, std) -> Tensor:
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    return (photos - mean) / std

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..order import CollapseError, Order
 from .codec import PixelCodec, VaeCodec
 from .mar import MAR
+from .normalisation import Normalisation
 from .orderer import CollapseOrder
 
 DRAFT_DIFFUSION_STEPS = 10
@@ -51,5 +52,4 @@ def draft_order(
         labels, steps, generator=generator, diffusion_steps=diffusion_steps, latents=latents, regenerate=regenerate
     )
     images = codec.decode(drafts)
-    mean, std = (torch.tensor(values).view(3, 1, 1).to(images) for values in (orderer.mean, orderer.std))
-    return orderer((images - mean) / std, grid=mar.grid)
+    return orderer(Normalisation.of(orderer).apply(images), grid=mar.grid)
