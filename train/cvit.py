@@ -25,7 +25,6 @@ from timm.data import Mixup
 from timm.optim import param_groups_layer_decay
 
 from timm_collapse import CollapseError, collapse
-from timm_collapse.collapse.base import parse_keep
 from timm_collapse.data import (
     Indexed,
     OrderTable,
@@ -38,7 +37,7 @@ from timm_collapse.data import (
 from timm_collapse.engine import Run, TrainArgs, data_set_orders, order_source, parse_args, part_for, run_script
 from timm_collapse.evaluation import accuracy_curves, image_batches
 from timm_collapse.hub.save import save_model
-from timm_collapse.order import jitter_order, mix_random, resolve_keep
+from timm_collapse.order import jitter_order, mix_random, parse_keep, resolve_keep
 
 
 @dataclass

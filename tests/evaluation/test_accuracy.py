@@ -10,7 +10,7 @@ import torch
 from timm_collapse import CollapseError, CollapseOrder, Order, collapse
 from timm_collapse.evaluation import KEEPS, AccuracyCurve, accuracy_curves, costs_over_keep, with_orderer
 from timm_collapse.evaluation.accuracy import image_batches, plain_model
-from timm_collapse.evaluation.curve import area_under_curve, check_keeps, find_knee
+from timm_collapse.evaluation.curve import area_under_curve, find_knee
 from timm_collapse.plots import plot_accuracy, plot_budgets
 
 
@@ -218,11 +218,7 @@ def test_the_plot_of_budgets_draws_what_was_measured():
 
 CURVE = AccuracyCurve([1.0, 0.5], [1, 1], [1, 1], 2)
 REFUSED = [
-    (lambda: check_keeps([]), "at least one ratio"),
-    (lambda: check_keeps([0.5, 0]), r"ratios in \(0, 1\], got 0"),
-    (lambda: check_keeps([1.5]), "got 1.5"),
-    (lambda: check_keeps([float("nan")]), "got nan"),
-    (lambda: check_keeps([True]), "got True"),
+    (lambda: accuracy_curves({"a": Known()}, known_batches(), [0.5, 4]), r"ratios in \(0, 1\], got 4"),
     (lambda: accuracy_curves({}, known_batches()), "at least one"),
     (lambda: accuracy_curves({"a": Known()}, [], progress=False), "at least one image"),
     (lambda: accuracy_curves({"a": Known()}, known_batches(), precision="8", progress=False), "must be no or bf16"),

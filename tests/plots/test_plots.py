@@ -59,7 +59,7 @@ def test_plot_order_draws_circles_kept_patches_and_ranks(keep):
 
 def test_plot_order_where_the_grid_does_not_divide_the_image():
     image, order = torch.rand(3, 7, 9), random_order(grid=(2, 2))
-    array = drawn(plot_order(image, order, keep=1).axes[1])
+    array = drawn(plot_order(image, order, keep=0.25).axes[1])
     row, column = divmod(int(order.indices[0, 0]), 2)
     rows, columns = [range(0, 3), range(3, 7)][row], [range(0, 4), range(4, 9)][column]
     blank = (array == np.float32(BLANK)).all(axis=2) | (array == BLANK).all(axis=2)

@@ -136,7 +136,7 @@ def test_budgets_that_have_no_tokens_are_refused_before_the_training():
     for values, message in (
         ({"remainder": ["none", "mixed"]}, r"\(14, 14\) can be halved 1 times, to 49 cells, and keep is"),
         ({"remainder": ["mixed"], "keep_schedule": "full", "keep": 0.22}, "to 49 cells, and keep is 43 tokens"),
-        ({"keep_schedule": "16,500"}, r"keep must be .*\[1, 196\].*got int 500"),
+        ({"keep_schedule": "16,500"}, r"keep must be .*\[2, 196\].*got int 500"),
     ):
         with pytest.raises(CollapseError, match=message):
             script.check_budgets(script.Args(**values), model)

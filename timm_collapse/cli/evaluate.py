@@ -96,8 +96,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from ..data import open_dataset
     from ..evaluation import KEEPS, accuracy_curves, costs_over_keep
     from ..evaluation.accuracy import image_batches
-    from ..evaluation.curve import check_keeps
-    from ..order import CollapseError
+    from ..order import CollapseError, check_keeps
     from ..plots import plot_accuracy, save
     from .evaluate_report import markdown, print_tables, results
 

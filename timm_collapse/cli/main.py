@@ -42,10 +42,8 @@ def declare_order(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--keep",
-        type=_keep,
-        default=0.22,
-        help="share of the patches to keep, in (0, 1]; an integer is a count of patches, as in Python: 1 is one patch, "
-        "1.0 is all of them (default: %(default)s)",
+        default="0.22",
+        help="share of the patches to keep, in (0, 1], or a count of at least 2; 1 keeps all (default: %(default)s)",
     )
     parser.add_argument(
         "--grid",
@@ -78,13 +76,14 @@ def run_order(args: argparse.Namespace) -> None:
 
     from ..data.images import load_photo, photo_tensor
     from ..models.normalisation import Normalisation
-    from ..order import CollapseError, check_grid, resolve_keep
+    from ..order import CollapseError, check_grid, parse_keep, resolve_keep
     from ..plots import plot_kept, plot_order, save
 
     height, width = check_grid(tuple(args.grid))
     if max(height, width) > MAX_GRID:
         raise CollapseError(f"grid must have sides of at most {MAX_GRID} patches, got ({height}, {width})")
-    kept = resolve_keep(args.keep, height * width)
+    keep = parse_keep(args.keep)
+    kept = resolve_keep(keep, height * width)
     photos = []
     for path in args.images:
         photo = load_photo(path)
@@ -99,7 +98,7 @@ def run_order(args: argparse.Namespace) -> None:
     order = orderer(Normalisation.of(orderer).apply(pixels), grid=(height, width))
 
     one = len(photos) == 1
-    save(plot_order(pixels[0], order, kept) if one else plot_kept(pixels, order, kept), args.out)
+    save(plot_order(pixels[0], order, keep) if one else plot_kept(pixels, order, keep), args.out)
     if args.json:
         ranks = [{"image": path, "ranks": row} for path, row in zip(args.images, order.ranks.tolist(), strict=True)]
         text = json.dumps({"model": args.model, "grid": [height, width], "kept": kept, "images": ranks})
@@ -287,11 +286,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _keep(text: str) -> float | int:
-    """As in Python, the type decides: digits alone are a count, anything else is a share."""
-    return int(text) if text.strip().lstrip("+-").isdecimal() else float(text)
-
-
 def _seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**32:
@@ -299,4 +293,4 @@ def _seed(text: str) -> int:
     return value
 
 
-_keep.__name__, _seed.__name__ = "number", "int"  # what argparse calls a value that does not parse
+_seed.__name__ = "int"  # what argparse calls a value that does not parse

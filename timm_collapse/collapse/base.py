@@ -15,32 +15,10 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from ..models.normalisation import Normalisation
-from ..order import CollapseError, Order, resolve_keep
+from ..order import CollapseError, Order, check_keep, resolve_keep
 from ..order.errors import describe
 from .remainder import REMAINDERS, Prefix, plan_remainder
 from .selection import Selection, fit_images
-
-
-def check_keep(keep: float | int) -> float | int:
-    """A model's token budget: a share in (0, 1], or a count of at least 2 patches; 1 and 1.0 both mean all."""
-    if isinstance(keep, Real) and not isinstance(keep, bool):
-        if 0 < keep <= 1:
-            return float(keep)
-        if isinstance(keep, int):
-            if keep >= 2:
-                return keep
-    raise CollapseError(
-        f"keep must be a ratio in (0, 1] (1 keeps all patches) or an int count of at least 2, got {describe(keep)}"
-    )
-
-
-def parse_keep(text: str) -> float | int:
-    """A token budget as it is written: digits alone are a count (1 means all, as for `keep`), else it is a ratio."""
-    text = text.strip()
-    try:
-        return check_keep(int(text) if text.isdigit() else float(text))
-    except ValueError as error:
-        raise CollapseError(f"keep must be a number, got {text!r}") from error
 
 
 class Collapsed:
@@ -142,11 +120,6 @@ class Collapsed:
         if order is not None:
             check_order(order, len(x), grid)
         num_patches = grid[0] * grid[1]
-        if self._keep > num_patches:
-            raise CollapseError(
-                f"keep must be a ratio in (0, 1] or an int count in [2, {num_patches}], the patches of an image on the "
-                f"grid {grid}, got {self._keep}"
-            )
         budget = resolve_keep(self._keep, num_patches)
         if budget == num_patches:
             return

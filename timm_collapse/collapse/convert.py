@@ -17,9 +17,9 @@ from torch import nn
 
 from ..hub.download import ORDERER_FOLDER
 from ..models.orderer import CollapseOrder
-from ..order import CollapseError
+from ..order import CollapseError, check_keep
 from ..order.errors import describe
-from .base import Collapsed, check_keep, collapsed_class
+from .base import Collapsed, collapsed_class
 from .hf_families import find_hf_adapter, hf_cfg, is_hf
 from .timm import CollapsedEva, CollapsedVit
 from .timm_families import CollapsedBeit, CollapsedCait, CollapsedNaFlex

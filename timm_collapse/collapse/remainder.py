@@ -53,7 +53,7 @@ class Prefix:
         if order is None:
             selection.kept = torch.empty(len(images), 0, dtype=torch.long, device=images.device)
         else:
-            selection.kept = order.keep(self.places)
+            selection.kept = order.first(self.places)
 
 
 class Fused(Prefix):

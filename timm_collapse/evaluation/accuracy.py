@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from ..collapse.base import Collapsed
 from ..collapse.convert import collapse
 from ..models.orderer import CollapseOrder
-from ..order import CollapseError, Order, resolve_keep
+from ..order import CollapseError, Order, check_keeps, resolve_keep
 from .cost import autocast
-from .curve import KEEPS, AccuracyCurve, check_keeps
+from .curve import KEEPS, AccuracyCurve
 
 
 def with_orderer(

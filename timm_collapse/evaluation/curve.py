@@ -121,17 +121,6 @@ def find_knee(keeps: Sequence[float], accuracy: Sequence[float]) -> float | None
     return float(keeps[index]) if 0 < index < len(keeps) - 1 else None
 
 
-def check_keeps(keeps: Sequence[float]) -> list[float]:
-    """Distinct keep ratios, descending; CollapseError for none, or one outside (0, 1]."""
-    keeps = list(keeps)
-    if not keeps:
-        raise CollapseError("keeps must hold at least one ratio in (0, 1], got none")
-    for keep in keeps:
-        if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-            raise CollapseError(f"keeps must be ratios in (0, 1], got {keep!r}")
-    return sorted({float(keep) for keep in keeps}, reverse=True)
-
-
 def _standard_error(hits: int, images: int) -> float:
     share = hits / images
     return 100 * math.sqrt(share * (1 - share) / images)

@@ -47,8 +47,7 @@ def draw_picture(model: nn.Module, folder: Path) -> Picture | None:
         height, width = model.pretrained_cfg["input_size"][1:]
         photos = _photos(height, width)
         order = model.compute_order(model.normalisation.apply(photos))
-        keep = 1.0 if model.keep == 1 else model.keep
-        save(plot_kept(photos, order, keep), folder / "kept.png")
+        save(plot_kept(photos, order, model.keep), folder / "kept.png")
         return Picture("kept.png", f"The patches that it sees. {CREDIT}.")
     if isinstance(model, (CoMAE, Ranker)):
         orderer = CollapseOrder(model)

@@ -3,7 +3,8 @@
 from .augment import jitter_order, mix_random
 from .bank import ClassOrderBank
 from .baselines import BASELINES, baseline_scores
-from .errors import CollapseError, check_grid, check_images, resolve_keep
+from .budget import check_keep, check_keeps, parse_keep, resolve_keep
+from .errors import CollapseError, check_grid, check_images
 from .factors import expected_errors, greedy_factor_order
 from .generation import GENERATION_ORDERS, GenerationOrder, tokens_per_step
 from .hierarchy import HierarchicalGraph, hierarchical_pagerank
@@ -27,6 +28,8 @@ __all__ = [
     "bayer_ranks",
     "check_grid",
     "check_images",
+    "check_keep",
+    "check_keeps",
     "expected_errors",
     "greedy_factor_order",
     "halton_ranks",
@@ -36,6 +39,7 @@ __all__ = [
     "kendall",
     "mix_random",
     "pagerank",
+    "parse_keep",
     "rank_graph",
     "resolve_keep",
     "spearman",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -74,31 +74,6 @@ def check_grid(grid: Sequence[int], num_patches: int | None = None) -> tuple[int
     if num_patches is not None and height * width != num_patches:
         raise CollapseError(f"grid ({height}, {width}) has {height * width} patches, but there are {num_patches}")
     return height, width
-
-
-def resolve_keep(keep: float | int, num_patches: int) -> int:
-    """The number of patches that a keep ratio or a count stands for.
-
-    The type decides: int 1 is one patch, float 1.0 is all of them.
-
-    Args:
-        keep: A float ratio in (0, 1], or an int count in [1, num_patches].
-        num_patches: The number of patches N of an image, at least 1.
-
-    Returns:
-        k in [1, N]; for a ratio max(1, round(ratio * N)) with Python's round, which takes halves to the even number.
-
-    Raises:
-        CollapseError: For a bool, another type, or a value out of range.
-    """
-    if isinstance(keep, Integral) and not isinstance(keep, bool) and 1 <= keep <= num_patches:
-        return int(keep)
-    if isinstance(keep, Real) and not isinstance(keep, Integral) and 0 < keep <= 1:
-        return max(1, round(float(keep) * num_patches))
-    raise CollapseError(
-        f"keep must be a float ratio in (0, 1] or an int count in [1, {num_patches}] "
-        f"(1 is one patch, 1.0 is all of them), got {describe(keep)}"
-    )
 
 
 def _listed(indices: list[int], shown: int = 8) -> str:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import CollapseError, check_grid, describe, resolve_keep, values_readable
+from .budget import resolve_keep
+from .errors import CollapseError, check_grid, describe, values_readable
 from .spread import bayer_ranks
 
 
@@ -175,7 +176,7 @@ class Order:
         """The patches that are kept.
 
         Args:
-            keep: A float ratio in (0, 1] or an int count in [1, N], see `resolve_keep`.
+            keep: A ratio in (0, 1] or an int count in [2, N]; 1 means all, see `resolve_keep`.
 
         Returns:
             (B, k) long: the numbers of the k best patches, sorted by position, not by rank.
@@ -183,7 +184,11 @@ class Order:
         Raises:
             CollapseError: For a keep out of range.
         """
-        return self.indices[:, : resolve_keep(keep, self.num_patches)].sort(dim=1).values
+        return self.first(resolve_keep(keep, self.num_patches))
+
+    def first(self, count: int) -> Tensor:
+        """(B, count) long: the numbers of the `count` best patches, in [0, N], sorted by position; 1 is one patch."""
+        return self.indices[:, :count].sort(dim=1).values
 
     def mask(self, keep: float | int) -> Tensor:
         """The patches that are kept, as (B, N) bool, True = kept; otherwise as `keep`."""
