@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from timm_collapse.models import PixelTokenizer, VaeTokenizer, patchify, unpatchify
+from timm_collapse.models import PixelTokenizer, VaeCodec, VaeTokenizer, patchify, unpatchify
 from timm_collapse.order import CollapseError
 
 
@@ -25,8 +25,7 @@ def test_pixel_tokenizer_refuses_sizes_that_do_not_divide():
         PixelTokenizer(8)(torch.zeros(1, 3, 63, 64))
 
 
-@pytest.fixture(scope="module")
-def small_vae():
+def make_vae(**kwargs):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -36,7 +35,13 @@ def small_vae():
         latent_channels=4,
         norm_num_groups=4,
         scaling_factor=0.5,
-    )
+        **kwargs,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def small_vae():
+    return make_vae()
 
 
 def test_vae_tokenizer_scales_posterior_means_and_decodes_back(small_vae, tmp_path):
@@ -51,6 +56,24 @@ def test_vae_tokenizer_scales_posterior_means_and_decodes_back(small_vae, tmp_pa
     assert not any(p.requires_grad for p in tokenizer.parameters())
     tokenizer.train()
     assert not tokenizer.vae.training
+
+
+def test_tokenizer_and_codec_normalise_by_scale_and_shift():
+    vae = make_vae(shift_factor=0.7)
+    images = torch.rand(2, 3, 8, 12)
+    with torch.no_grad():
+        means = vae.encode(2 * images - 1).latent_dist.mean
+        pixels = vae.decode(means).sample
+    expected = (means - 0.7) * 0.5
+    tokenizer, codec = VaeTokenizer(vae), VaeCodec(vae)
+    tokens, (latents, _) = tokenizer(2 * images - 1), codec.moments(images)
+    assert torch.allclose(tokens, patchify(expected, 1), atol=1e-6) and torch.allclose(latents, expected, atol=1e-6)
+    assert torch.allclose(tokenizer.decode(tokens, (4, 6)), pixels, atol=1e-5)
+    assert torch.allclose(codec.decode(latents), (pixels / 2 + 0.5).clamp(0, 1), atol=1e-5)
+    assert tokenizer.state_dict().keys() == codec.state_dict().keys()
+    for kind in (VaeTokenizer, VaeCodec):
+        with pytest.raises(CollapseError, match="scale: must be positive and finite, got -1"):
+            kind(vae, -1.0)
 
 
 def test_vae_tokenizer_own_scale_and_bad_size(small_vae):

@@ -9,8 +9,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..data.latent_scale import LatentStatistics
     from ..models import PixelCodec, VaeCodec
-    from ..models.codec import LatentStatistics
 
 DESCRIPTION = (
     "Encodes a data set once, for training generators: posterior mean and standard deviation of the latents of each "
@@ -84,8 +84,8 @@ def _measure(args: argparse.Namespace, dataset, codec: PixelCodec | VaeCodec, de
     from torch.utils.data import DataLoader, Subset
     from tqdm.auto import tqdm
 
+    from ..data.latent_scale import latent_scale
     from ..data.latents import ResizedPixels
-    from ..models import latent_scale
 
     count = min(args.images or len(dataset), len(dataset))
     even = [number * len(dataset) // count for number in range(count)]

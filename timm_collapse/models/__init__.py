@@ -1,7 +1,7 @@
 """nn.Modules. Importing this registers the orderers and generators with timm."""
 
 from . import cmar  # noqa: F401  (registers the mar_* and cmar_* models)
-from .codec import PixelCodec, VaeCodec, latent_scale, load_codec
+from .codec import PixelCodec, VaeCodec, load_codec
 from .comae import CoMAE
 from .mar import MAR
 from .orderer import CollapseOrder
@@ -20,7 +20,6 @@ __all__ = [
     "Reconstructor",
     "VaeCodec",
     "VaeTokenizer",
-    "latent_scale",
     "load_codec",
     "patchify",
     "unpatchify",
