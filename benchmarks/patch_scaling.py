@@ -19,8 +19,8 @@ from cvit_accuracy import measured_once
 from timm.data import resolve_model_data_config
 
 import timm_collapse  # noqa: F401  (registers the models)
-from timm_collapse.evaluation import AccuracyCurve
-from timm_collapse.evaluation.cost import autocast, count_macs, images_per_second
+from timm_collapse.evaluation import AccuracyCurve, count_macs
+from timm_collapse.evaluation.cost import autocast, images_per_second
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.hub.save import weights_hash
 from timm_collapse.order import parse_keep, resolve_keep

@@ -13,7 +13,7 @@ from PIL import Image
 
 from timm_collapse.data import LatentCache
 from timm_collapse.engine import NoiseCodec, run_script
-from timm_collapse.evaluation.cost import count_macs
+from timm_collapse.evaluation import count_macs
 from timm_collapse.hub.save import save_model
 
 MAR = {"encoder_embed_dim": 32, "encoder_depth": 1, "encoder_num_heads": 2, "decoder_embed_dim": 32,

@@ -19,8 +19,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from torch.utils.flop_counter import FlopCounterMode
 
+from ..evaluation.macs import MacCounter
 from .checkpoint import local
 from .distributed import parallelism, processes
 
@@ -120,7 +120,7 @@ class DryRun:
             return
         for parameter in self.run.bare.parameters():
             self._weights.add(local(parameter).untyped_storage().data_ptr())
-        self._counter = FlopCounterMode(display=False)
+        self._counter = MacCounter()
         self._stack = [self._counter, torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)]
         for context in self._stack:
             context.__enter__()
@@ -130,7 +130,7 @@ class DryRun:
             return
         for context in reversed(self._stack):
             context.__exit__(None, None, None)
-        self.macs = self._counter.get_total_flops() // 2 // self.run.args.batch_size
+        self.macs = self._counter.macs // self.run.args.batch_size
         self.first = False
 
     def after_step(self) -> None:

@@ -1,12 +1,13 @@
 """Measuring orders and models."""
 
 from .accuracy import accuracy_curves, image_batches, with_orderer
-from .cost import Cost, costs_over_keep, count_macs, images_per_second
+from .cost import Cost, costs_over_keep, images_per_second
 from .curve import KEEPS, AccuracyCurve
 from .distances import Prdc, classifier_score, frechet_distance, kid, prdc
 from .feature_statistics import FeatureStatistics
 from .fidelity import InceptionReport, evaluate_inception, extract_inception_features
 from .generation import Features, GenerationReport, evaluate_generation, extract_features
+from .macs import MacCounter, count_macs
 from .uncertainty import UncertaintyCurve, greedy_oracle, uncertainty_curve
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Features",
     "GenerationReport",
     "InceptionReport",
+    "MacCounter",
     "Prdc",
     "UncertaintyCurve",
     "accuracy_curves",

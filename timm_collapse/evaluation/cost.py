@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..order import CollapseError
+from .macs import count_macs
 
 
 class Cost(NamedTuple):
@@ -24,16 +26,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     if precision not in ("no", "bf16"):
         raise CollapseError(f"precision must be no or bf16, got {precision!r}")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-@torch.no_grad()
-def count_macs(function: Callable[[], object]) -> int:
-    """Multiply-accumulates of matrix products, convolutions and attention in one call (PyTorch's FLOP counter / 2)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops() // 2
 
 
 @torch.no_grad()
@@ -56,7 +48,7 @@ def images_per_second(functions: dict[str, Callable[[], object]], batch_size: in
                 torch.cuda.synchronize()
             if run:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: batch_size / sorted(values)[len(values) // 2] for name, values in seconds.items()}
+    return {name: batch_size / statistics.median(values) for name, values in seconds.items()}
 
 
 @torch.no_grad()
