@@ -1,18 +1,23 @@
 """Data sets and the deterministic loader that the train scripts share."""
 
-from .datasets import DatasetInfo, labels_of, open_dataset
+from .base import Images
+from .datasets import DatasetInfo, as_images, labels_of, open_dataset
 from .latents import LatentCache
-from .loader import StepLoader, eval_transform, train_transform
+from .loader import ImageLoader, StepLoader, eval_transform, train_transform
 from .order_shards import check_orders, write_orders
 from .orders import Indexed, OrderTable
-from .units import describe_dataset, open_units
+from .sources import describe_dataset
+from .units import open_units
 
 __all__ = [
     "DatasetInfo",
+    "ImageLoader",
+    "Images",
     "Indexed",
     "LatentCache",
     "OrderTable",
     "StepLoader",
+    "as_images",
     "check_orders",
     "describe_dataset",
     "eval_transform",

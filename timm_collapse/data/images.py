@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,11 +16,7 @@ from ..order import CollapseError
 
 
 def load_photo(path: str | Path) -> Image.Image:
-    """Reads a photo as 8-bit RGB, upright.
-
-    The EXIF orientation is applied. Transparent pixels are laid over white, 16-bit grey levels are scaled to 8 bits (a
-    plain `convert` would clip them at 255), CMYK, palette, grey and bilevel images are converted; of an animation the
-    first frame is taken. Colour profiles are not applied.
+    """Reads a photo as `decode_image` does.
 
     Args:
         path: A file in any format that Pillow reads.
@@ -27,28 +25,52 @@ def load_photo(path: str | Path) -> Image.Image:
         An image of mode "RGB".
 
     Raises:
-        CollapseError: For a missing or unreadable file, a folder, a file that is no image, a damaged or truncated one,
-            one of more pixels than Pillow's decompression-bomb limit (179 million by default), or pixels without a
-            known range (floating point, 32-bit integers).
+        CollapseError: For a missing or unreadable file, a folder, or what `decode_image` refuses.
     """
     try:
         file = open(path, "rb")
     except OSError as error:
         raise CollapseError(f"image: cannot read {path}: {error.strerror}") from error
+    with file:
+        return decode_image(file, f"image: {path}")
+
+
+def decode_image(file: bytes | BinaryIO, name: str) -> Image.Image:
+    """Decodes an image as 8-bit RGB, upright: what every command and every data set of this package does.
+
+    The EXIF orientation is applied. Transparent pixels are laid over white, 16-bit grey levels are scaled to 8 bits (a
+    plain `convert` would clip them at 255), CMYK, palette, grey and bilevel images are converted; of an animation the
+    first frame is taken. Colour profiles are not applied.
+
+    Args:
+        file: The encoded image, or an open file of it.
+        name: What an error message begins with, such as "image: a.png".
+
+    Returns:
+        An image of mode "RGB".
+
+    Raises:
+        CollapseError: For what is no image, a damaged or truncated one, one of more pixels than Pillow's
+            decompression-bomb limit (179 million by default), or pixels without a known range (floating point, 32-bit
+            integers).
+    """
     # Pillow's warnings (odd metadata, sizes of half the limit) would only scatter lines around the result
-    with file, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _to_rgb(ImageOps.exif_transpose(Image.open(file)), path)
+            image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image, name)
         except CollapseError:
             raise
         except UnidentifiedImageError as error:
-            raise CollapseError(f"image: {path} is not an image in a format that Pillow reads") from error
+            raise CollapseError(f"{name} is not an image in a format that Pillow reads") from error
         except Image.DecompressionBombError as error:
             limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-            raise CollapseError(f"image: {path} is too large, more than {limit} million pixels") from error
+            raise CollapseError(f"{name} is too large, more than {limit} million pixels") from error
         except Exception as error:  # decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, ...
-            raise CollapseError(f"image: {path} is damaged or truncated: {error}") from error
+            raise CollapseError(f"{name} is damaged or truncated: {error}") from error
 
 
 def photo_tensor(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
@@ -66,15 +88,15 @@ def photo_tensor(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255
 
 
-def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """8-bit RGB of an image of any mode."""
     if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" holds the 16 bits of PGM and old TIFF
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise CollapseError(f"image: {path} has 32-bit pixels beyond the 16-bit range; save it with 8 or 16 bits")
+            raise CollapseError(f"{name} has 32-bit pixels beyond the 16-bit range; save it with 8 or 16 bits")
         return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise CollapseError(f"image: {path} has floating-point pixels of unknown range; save it with 8 or 16 bits")
+        raise CollapseError(f"{name} has floating-point pixels of unknown range; save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

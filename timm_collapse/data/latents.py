@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,37 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision import transforms as T
 
 from ..models.codec import PixelCodec, VaeCodec
 from ..order import CollapseError
+from .datasets import as_images
+from .shards import Shards, differences, write_shards
+from .sources import same_source
+from .units import MapUnits
+
+SHARD_SIZE = 4096  # images a file, of a new folder
+
+
+def pixel_transform(img_size: int) -> T.Compose:
+    """RGB image -> (3, S, S) uint8: shorter side resized to S (bicubic), centre cropped."""
+    resize = T.Resize(img_size, interpolation=T.InterpolationMode.BICUBIC)
+    return T.Compose([resize, T.CenterCrop(img_size), T.PILToTensor()])
 
 
 class ResizedPixels(Dataset):
-    """Images with the shorter side resized to S (bicubic) and the centre cropped: (uint8 (3, S, S), label)."""
+    """The images of a data set as `pixel_transform` makes them, with their labels."""
 
     def __init__(self, dataset: Dataset, img_size: int):
-        self.dataset = dataset
-        resize = T.Resize(img_size, interpolation=T.InterpolationMode.BICUBIC)
-        self.transform = T.Compose([resize, T.CenterCrop(img_size), T.PILToTensor()])
+        self.dataset, self.transform = as_images(dataset), pixel_transform(img_size)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.dataset[index]
-        return self.transform(image.convert("RGB")), int(label)
+        return self.transform(image), label
 
 
 class LatentCache(Dataset):
@@ -57,19 +66,10 @@ class LatentCache(Dataset):
 
     def __init__(self, folder: str | Path, codec: PixelCodec | VaeCodec | None = None):
         self.folder = Path(folder)
-        found = sorted(self.folder.glob("latents-*.safetensors"))
-        if not found:
-            raise CollapseError(f"folder: {str(folder)!r} holds no latents; build them first")
-        self._layout = _read_layout(found[0])
+        self._layout, self._files = _shards(self.folder).whole()
         if codec is not None and codec.identity != self._layout["codec"]:
             raise CollapseError(
                 f"codec: {str(folder)!r} holds latents of {self._layout['codec']}, given is {codec.identity}"
-            )
-        self._files = _shard_files(self.folder, self._layout)
-        if missing := [file.name for file in self._files if not file.is_file()]:
-            raise CollapseError(
-                f"folder: {str(folder)!r} lacks {len(missing)} of {len(self._files)} files of latents, the first "
-                f"{missing[0]}; build them to the end first"
             )
         self._records: dict[int, Tensor] = {}
         labels = []
@@ -93,7 +93,7 @@ class LatentCache(Dataset):
         codec: PixelCodec | VaeCodec,
         img_size: int,
         source: str,
-        shard_size: int = 4096,
+        shard_size: int | None = None,
         batch_size: int = 64,
         device: torch.device | str = "cpu",
         quiet: bool = False,
@@ -106,11 +106,11 @@ class LatentCache(Dataset):
 
         Args:
             folder: Is made where it does not exist.
-            dataset: Map-style (PIL image, label).
+            dataset: Map-style (PIL image, label), see `as_images`.
             codec: Is moved to `device`.
             img_size: Side S of the images in pixels: shorter side resized, centre cropped.
-            source: What is encoded, in words that no other data set has.
-            shard_size: Images a file.
+            source: What is encoded, see `describe_dataset`.
+            shard_size: Images a file; None for what the folder has, 4096 in a new one.
             num_classes: Of the data set; 0 for one more than the largest label.
             workers: Processes that decode images.
             rank, world: This process and the number of processes, which share the files among them.
@@ -123,30 +123,39 @@ class LatentCache(Dataset):
         """
         folder = Path(folder)
         for name, value in {"img_size": img_size, "shard_size": shard_size, "batch_size": batch_size}.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise CollapseError(f"{name}: must be at least 1, got {value}")
         if img_size % codec.stride:
             raise CollapseError(f"img_size: must be a multiple of the codec's stride {codec.stride}, got {img_size}")
         if not len(dataset):
             raise CollapseError("dataset: has no images")
+        shards = _shards(folder)
+        found = shards.layouts()
+        if shard_size is None:
+            shard_size = next((layout["shard_size"] for layout in found.values()), SHARD_SIZE)
         layout = {"source": source, "codec": codec.identity, "img_size": img_size, "images": len(dataset),
                   "shard_size": shard_size, "num_classes": num_classes}  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
-        whole = set()
-        for file in folder.glob("latents-*.safetensors"):
-            try:
-                found = _read_layout(file)
-            except CollapseError:
-                continue  # damaged: encoded again
-            _check_layout(file, found, layout)
-            whole.add(file.name)
-        jobs = []
-        for number, file in list(enumerate(_shard_files(folder, layout)))[rank::world]:
-            images = range(number * shard_size, min((number + 1) * shard_size, len(dataset)))
-            jobs.append((file, images))
-        _encode_shards(jobs, whole, ResizedPixels(dataset, img_size), codec.to(device), layout, batch_size, device,
-                       workers, quiet)  # fmt: skip
-        return cls(folder, codec) if world == 1 else None
+        for file, other in found.items():
+            _check_layout(file, other, layout)
+        # the files of a folder say the same, also where it was made by an earlier version, which put it otherwise
+        layout = next(iter(found.values()), layout)
+        units, codec = MapUnits(dataset, shard_size), codec.to(device)
+        files = shards.files(len(units))
+
+        def save(file: Path, unit: int, keys: list[str], labels: Tensor, columns: list[Tensor]) -> None:
+            tensors = {"records": columns[0], "labels": labels}
+            save_file(tensors, file, metadata={"layout": json.dumps(layout)})
+
+        write_shards(
+            files, units, lambda unit: units.size(unit) if files[unit] in found else None,
+            lambda unit, pixels: [_encode(pixels, codec, device)], save, pixel_transform(img_size), batch_size,
+            workers, rank, world, quiet, "latents",
+        )  # fmt: skip
+        if world > 1:
+            return None
+        cache = cls(folder, codec)
+        shards.remove_temporary()
+        return cache
 
     def __len__(self) -> int:
         return self._layout["images"]
@@ -192,28 +201,6 @@ class LatentCache(Dataset):
         return self._records[number]
 
 
-def _encode_shards(jobs, whole, pixels, codec, layout, batch_size, device, workers, quiet) -> None:
-    """Writes those of the jobs (file, range of images) whose file is not among the whole ones."""
-    from tqdm.auto import tqdm
-
-    left = [(file, images) for file, images in jobs if file.name not in whole]
-    total = sum(len(images) for _, images in jobs)
-    done = total - sum(len(images) for _, images in left)
-    with tqdm(total=total, initial=done, desc="latents", unit="image", disable=quiet, dynamic_ncols=True) as bar:
-        for file, images in left:
-            records, labels = [], []
-            for batch, batch_labels in DataLoader(Subset(pixels, images), batch_size, num_workers=workers):
-                records.append(_encode(batch, codec, device))
-                labels.append(batch_labels)
-                bar.update(len(batch))
-            tensors = {"records": torch.cat(records), "labels": torch.cat(labels)}
-            temporary = file.with_suffix(".tmp")
-            save_file(tensors, temporary, metadata={"layout": json.dumps(layout)})
-            with open(temporary, "rb+") as written:
-                os.fsync(written.fileno())  # else a crash may leave the name of a file without its content
-            os.replace(temporary, file)
-
-
 def _encode(pixels: Tensor, codec: PixelCodec | VaeCodec, device: torch.device | str) -> Tensor:
     """Records of uint8 images (B, 3, S, S)."""
     if isinstance(codec, PixelCodec):
@@ -229,9 +216,8 @@ def _encode(pixels: Tensor, codec: PixelCodec | VaeCodec, device: torch.device |
     return records
 
 
-def _shard_files(folder: Path, layout: dict[str, Any]) -> list[Path]:
-    count = -(-layout["images"] // layout["shard_size"])
-    return [folder / f"latents-{number:05d}-of-{count:05d}.safetensors" for number in range(count)]
+def _shards(folder: str | Path) -> Shards:
+    return Shards(folder, "latents", "safetensors", _read_layout, "folder", "build them to the end first")
 
 
 def _read_layout(file: Path) -> dict[str, Any]:
@@ -246,9 +232,11 @@ def _read_layout(file: Path) -> dict[str, Any]:
 
 
 def _check_layout(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise CollapseError(
-                f"{name}: {str(file)!r} holds latents of {found.get(name)!r}, needed are those of {value!r}; choose "
-                "another folder"
-            )
+    for name, (other, value) in differences(found, wanted).items():
+        if name == "source" and same_source(other, value, wanted["images"]):
+            continue
+        if name == "num_classes" and 0 in (other, value):  # not known
+            continue
+        raise CollapseError(
+            f"{name}: {str(file)!r} holds latents of {other!r}, needed are those of {value!r}; choose another folder"
+        )

@@ -13,6 +13,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
+from ..order import CollapseError
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader whose workers' CollapseErrors stay one line; torch wraps them into the worker's stack trace.
+
+    Memory is pinned where there is a GPU.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, pin_memory=torch.cuda.is_available(), **kwargs)
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from super().__iter__()
+        except CollapseError as error:
+            raise CollapseError(str(error).rsplit("CollapseError: ", 1)[-1].strip()) from None
+
 
 def train_transform(img_size: int, mean, std, scale: tuple[float, float] = (0.5, 1.0), flip: bool = True) -> Callable:
     """Random resized crop and flip, to normalised (3, S, S)."""
@@ -39,11 +57,12 @@ class _Transformed(Dataset):
         state, python_state = torch.get_rng_state(), random.getstate()
         torch.manual_seed((self.seed * 1_000_003 + position) % 2**63)
         random.seed(self.seed * 1_000_003 + position)
-        image, label = self.dataset[index]
-        image = self.transform(image)
-        torch.set_rng_state(state)
-        random.setstate(python_state)
-        return image, label
+        try:
+            image, label = self.dataset[index]
+            return self.transform(image), label
+        finally:
+            torch.set_rng_state(state)
+            random.setstate(python_state)
 
 
 class _Steps(Sampler):
@@ -95,12 +114,10 @@ class StepLoader:
         world: int = 1,
         workers: int = 0,
     ):
-        self.loader = DataLoader(
+        self.loader = ImageLoader(
             _Transformed(dataset, transform, seed),
             batch_sampler=_Steps(len(dataset), batch, steps, seed, rank, world),
             num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=False,
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

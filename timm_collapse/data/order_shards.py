@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 
 from ..models.transformer import use_plain_attention
 from ..order import CollapseError, Order
+from .shards import Shards, differences, write_shards
 from .tars import TarUnits
 from .units import MapUnits
 
@@ -64,76 +62,49 @@ def write_orders(
     Raises:
         CollapseError: The folder holds other orders, the grid has too many patches, or the images cannot be read.
     """
-    from tqdm.auto import tqdm
-
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise CollapseError(_no_folder(folder))
+    shards = _shards(folder)
+    if shards.folder.exists() and not shards.folder.is_dir():
+        raise CollapseError(_no_folder(shards.folder))
     if source["grid"][0] * source["grid"][1] > MAX_PATCHES:
         raise CollapseError(f"grid: must have at most {MAX_PATCHES} patches, got {source['grid']}")
     layout = _layout(source, units, mirrored, precision)
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_others(folder, layout)
-    files = shard_files(folder, layout)
-    own = list(range(rank, len(files), world))
-    rows = {n: _whole(files[n], units.contents(n), units.size(n)) for n in tqdm(own, "files", delay=2, disable=quiet)}
-    left = [n for n in own if rows[n] is None]
-    sizes = [units.size(n) for n in own]
+    for found in shards.layouts().values():
+        check_layout(shards.folder, found, layout)
     if torch.device(device).type == "cpu":
         use_plain_attention(orderer)
-    bar = tqdm(
-        total=None if None in sizes else sum(sizes), initial=sum(filter(None, rows.values())), desc="orders",
-        unit="image", disable=quiet, dynamic_ncols=True,
-    )  # fmt: skip
-    with bar, torch.no_grad():
-        batches = units.batches(left, transform, batch_size, workers)
-        for done, (unit, shard) in enumerate(_shards(batches, orderer, compute, mirrored, device, bar), 1):
-            _write(files[unit], shard, {**layout, "contents": units.contents(unit), "rows": shard.num_rows})
-            bar.set_postfix_str(f"file {len(own) - len(left) + done} of {len(own)}", refresh=False)
+    files, generator = shards.files(len(units)), getattr(orderer, "generator", None)
+    seed, current = generator.initial_seed() if generator is not None else 0, None
 
+    def encode(unit: int, images: Tensor) -> list[Tensor]:
+        nonlocal current
+        if unit != current and generator is not None:
+            generator.manual_seed((seed * 1_000_003 + unit) % 2**63)
+        current = unit
+        images = images.to(device, non_blocking=True)
+        views = (images, images.flip(-1)) if mirrored else (images,)
+        return [_compact(compute(view)) for view in views]
 
-def _shards(batches: Iterable, orderer, compute, mirrored, device, bar):
-    """(unit, table) of each unit of the batches, once it is whole."""
-    generator = getattr(orderer, "generator", None)
-    seed = generator.initial_seed() if generator is not None else 0
-    current, keys, labels, sides = None, [], [], ([], [])
-
-    def table() -> pa.Table:
-        columns = {"key": pa.array(keys, pa.string()), "label": pa.array(torch.cat(labels).numpy(), pa.int32())}
-        for name, ranks in zip(("ranks", "ranks_mirrored"), sides[: 1 + mirrored]):
-            ranks = np.concatenate(ranks)
-            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(ranks.ravel()), ranks.shape[1])
-        return pa.table(columns)
+    def save(file: Path, unit: int, keys: list[str], labels: Tensor, sides: list[Tensor]) -> None:
+        columns = {"key": pa.array(keys, pa.string()), "label": pa.array(labels.numpy(), pa.int32())}
+        for name, ranks in zip(("ranks", "ranks_mirrored"), sides):
+            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(ranks.numpy().ravel()), ranks.shape[1])
+        said = {**layout, "contents": units.contents(unit), "rows": len(keys)}
+        table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(said)})
+        pq.write_table(table, file, compression="zstd", row_group_size=16_384, write_page_checksum=True)
 
     try:
-        for unit, images, batch_keys, batch_labels in batches:
-            if unit != current:
-                if current is not None:
-                    yield current, table()
-                current, keys, labels, sides = unit, [], [], ([], [])
-                if generator is not None:
-                    generator.manual_seed((seed * 1_000_003 + unit) % 2**63)
-            images = images.to(device, non_blocking=True)
-            for side, view in zip(sides, (images, images.flip(-1)) if mirrored else (images,)):
-                order = compute(view)
-                side.append(order.ranks.cpu().numpy().astype(np.uint8 if order.num_patches <= 256 else np.uint16))
-            keys += batch_keys
-            labels.append(batch_labels)
-            bar.update(len(batch_keys))
-        if current is not None:
-            yield current, table()
+        write_shards(
+            files, units, lambda unit: _whole(files[unit], units.contents(unit), units.size(unit)), encode, save,
+            transform, batch_size, workers, rank, world, quiet, "orders",
+        )  # fmt: skip
     finally:
         if generator is not None:
             generator.manual_seed(seed)
 
 
-def _write(file: Path, shard: pa.Table, layout: dict[str, Any]) -> None:
-    shard = shard.replace_schema_metadata({METADATA: json.dumps(layout)})
-    temporary = file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    pq.write_table(shard, temporary, compression="zstd", row_group_size=16_384, write_page_checksum=True)
-    with open(temporary, "rb+") as written:
-        os.fsync(written.fileno())  # else a crash may leave the name of a file without its content
-    os.replace(temporary, file)
+def _compact(order: Order) -> Tensor:
+    """Ranks in the smallest type."""
+    return order.ranks.cpu().to(torch.uint8 if order.num_patches <= 256 else torch.uint16)
 
 
 def _layout(source: Mapping[str, Any], units, mirrored: bool, precision: str) -> dict[str, Any]:
@@ -143,10 +114,8 @@ def _layout(source: Mapping[str, Any], units, mirrored: bool, precision: str) ->
     return json.loads(json.dumps({**layout, "version": __version__}))  # as it is read again: tuples become lists
 
 
-def shard_files(folder: Path, layout: Mapping[str, Any]) -> list[Path]:
-    """The files that a folder holds when it is whole."""
-    count = layout["files"]
-    return [folder / f"orders-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
+def _shards(folder: str | Path) -> Shards:
+    return Shards(folder, "orders", "parquet", read_layout, "order_table", AGAIN)
 
 
 def read_layout(file: Path) -> dict[str, Any]:
@@ -180,18 +149,10 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], list[Path]]:
     Raises:
         CollapseError: It is no folder of orders, or lacks files.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CollapseError(_no_folder(folder))
-    found = sorted(folder.glob("orders-*.parquet"))
-    if not found:
-        raise CollapseError(_no_folder(folder))
-    layout = read_layout(found[0])
-    files = shard_files(folder, layout)
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise CollapseError(
-            f"order_table: {folder} lacks {len(missing)} of {len(files)} files, the first {missing[0]}; {AGAIN}"
-        )
+    shards = _shards(folder)
+    if not shards.found():
+        raise CollapseError(_no_folder(shards.folder))
+    layout, files = shards.whole()
     for file in files:
         check_layout(folder, read_layout(file), layout)
     return layout, files
@@ -213,21 +174,12 @@ def check_layout(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         CollapseError: Names all that differs.
     """
     differ = [
-        f"{name} is {found.get(name)!r}, not {value!r}"
-        for name, value in wanted.items()
-        if found.get(name) != value and name not in ("version", "contents", "rows")
+        f"{name} is {other!r}, not {value!r}"
+        for name, (other, value) in differences(found, wanted).items()
+        if name not in ("version", "contents", "rows")
     ]
     if differ:
         raise CollapseError(f"order_table: {folder} holds other orders: {', '.join(differ)}; choose another folder")
-
-
-def _check_others(folder: Path, layout: Mapping[str, Any]) -> None:
-    for file in sorted(folder.glob("orders-*.parquet")):
-        try:
-            found = read_layout(file)
-        except CollapseError:
-            continue  # damaged: written again
-        check_layout(folder, found, layout)
 
 
 def _whole(file: Path, contents: str, size: int | None) -> int | None:
@@ -247,10 +199,10 @@ def _whole(file: Path, contents: str, size: int | None) -> int | None:
     return shard.num_rows if shard.num_rows == layout["rows"] == (size or layout["rows"]) else None
 
 
-def _no_folder(path: Path) -> str:
+def _no_folder(path: str | Path) -> str:
     return (
         f"order_table: {path} is no folder of orders; make it again with `timm-collapse order-dataset`"
-        if path.exists()
+        if Path(path).exists()
         else f"order_table: there is no folder {path}; make it with `timm-collapse order-dataset`"
     )
 
@@ -290,6 +242,5 @@ def check_orders(folder: str | Path) -> Checked:
         repeated = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()].as_py()
         if images is not None:
             raise CollapseError(f"order_table: {folder} has the image {repeated!r} more than once")
-    for left in Path(folder).glob("orders-*.tmp"):
-        left.unlink(missing_ok=True)
+    _shards(folder).remove_temporary()
     return Checked(len(keys), different, len(files), repeated)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..order import CollapseError, Order
+from .base import Images
+from .datasets import as_images
 from .order_shards import AGAIN, check_layout, read_folder, read_layout, read_shard
-from .units import key_of, read_sample
 
 COMPARED_KEYS = 1000  # of a table and its data set
 
@@ -23,13 +24,13 @@ class Indexed(Dataset):
     """A data set whose label is the index of the sample."""
 
     def __init__(self, dataset: Dataset, transform: Callable | None = None):
-        self.dataset, self.transform = dataset, transform
+        self.dataset, self.transform = as_images(dataset), transform
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int):
-        image, _ = read_sample(self.dataset, index)
+        image, _ = self.dataset[index]
         return (self.transform(image) if self.transform else image), index
 
 
@@ -82,6 +83,7 @@ class OrderTable:
                 wanted.pop("images", None)  # of a stream; the length is compared below
             check_layout(folder, layout, wanted)
         rows = [read_layout(file)["rows"] for file in files]
+        dataset = None if dataset is None else as_images(dataset)
         if dataset is not None and len(dataset) != sum(rows):
             raise CollapseError(
                 f"order_table: {folder} has the orders of {sum(rows)} images, the data set has {len(dataset)}{stream}"
@@ -132,13 +134,14 @@ _NOT_MIRRORED = "order_table: has no orders of mirror images; make it again with
 _STREAM = "; it has the images of a stream of tar files in their sequence there, not by the index of a data set"
 
 
-def _compare_keys(keys: Any, start: int, dataset: Dataset, every: int, stream: str) -> None:
+def _compare_keys(keys: Any, start: int, dataset: Images, every: int, stream: str) -> None:
     """Compares some keys of a file, whose rows are numbered from `start`, with those of a data set."""
     for row in range(-start % every, len(keys), every):
-        if (found := keys[row].as_py()) != key_of(dataset, start + row):
+        found, key = keys[row].as_py(), dataset.key(start + row)
+        if found != key:
             raise CollapseError(
                 f"order_table: has the order of {found!r} at index {start + row}, where the data set has "
-                f"{key_of(dataset, start + row)!r}{stream}"
+                f"{key!r}{stream}"
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import tarfile
 import zlib
@@ -14,10 +13,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from ..order import CollapseError
-from .datasets import TRAIN_NAMES, VALIDATION_NAMES
+from .images import decode_image
+from .loader import ImageLoader
+from .sources import TRAIN_NAMES, VALIDATION_NAMES, split_synonyms
 
 TAR_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 """Key and suffix of a tar member, as webdataset has them: the suffix begins at the first dot of the file name."""
@@ -54,11 +55,7 @@ class TarUnits:
             CollapseError: A tar file without images, one that is damaged, or an image or label that cannot be decoded.
         """
         stream = _TarStream([(unit, self.files[unit]) for unit in units], transform, batch_size)
-        loader = DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available())
-        try:
-            yield from loader
-        except CollapseError as error:  # a worker's comes wrapped into its stack trace
-            raise CollapseError(str(error).rsplit("CollapseError: ", 1)[-1].strip()) from None
+        yield from ImageLoader(stream, batch_size=None, num_workers=workers)
 
 
 class _TarStream(IterableDataset):
@@ -108,7 +105,7 @@ def read_tar(file: Path, wanted: Callable[[int], bool]) -> Iterator[tuple[str, b
     number = 0
     try:
         with tarfile.open(file) as tar:
-            members = ((member, *split_name(member.name)) for member in tar if member.isfile())
+            members = ((member, *member_key(member.name)) for member in tar if member.isfile())
             for key, parts in groupby(members, key=lambda part: part[1]):
                 read, found, unclear = wanted(number), {}, ""
                 for member, _, suffix in parts:
@@ -132,10 +129,7 @@ def read_tar(file: Path, wanted: Callable[[int], bool]) -> Iterator[tuple[str, b
 
 def decode(file: Path, key: str, image: bytes, label: int) -> Image.Image:
     """The image of a sample that `read_tar` gave."""
-    try:
-        return Image.open(io.BytesIO(image)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's for broken files
-        raise CollapseError(f"dataset: the image {key!r} in {file} cannot be decoded: {error}") from error
+    return decode_image(image, f"dataset: the image {key!r} in {file} cannot be decoded: it")
 
 
 def _label(file: Path, key: str, text: bytes | None) -> int:
@@ -145,7 +139,8 @@ def _label(file: Path, key: str, text: bytes | None) -> int:
         raise CollapseError(f"dataset: the label of {key!r} in {file} must be an integer, got {text[:20]!r}") from None
 
 
-def split_name(name: str) -> tuple[str, str]:
+def member_key(name: str) -> tuple[str, str]:
+    """Key and suffix of a tar member; the whole name and no suffix where it has no dot."""
     match = TAR_NAME.fullmatch(name.removeprefix("./"))
     return (match[1], match[2].lower()) if match else (name, "")
 
@@ -160,8 +155,7 @@ def tar_files(name: str, split: str) -> list[Path]:
     if path.endswith(".tar") and re.search(r"[*?\[{]", path):
         files = [Path(found) for each in _expand(path) for found in sorted(glob(each)) or [each]]
     elif Path(path).is_dir():
-        names = next((group for group in (TRAIN_NAMES, VALIDATION_NAMES) if split in group), (split,))
-        names = sorted(names, key=lambda n: n != split)
+        names = split_synonyms(split)
         folder = next((Path(path) / n for n in names if (Path(path) / n).is_dir()), Path(path))
         found = sorted(folder.iterdir())
         files = [file for file in found if file.suffix == ".tar"]
