@@ -105,7 +105,8 @@ class Args(TrainArgs):
 
 def main() -> None:
     args = parse_args(Args, __doc__)
-    dataset, num_classes = open_dataset(args.dataset, args.split, args.part)
+    conditional = json.loads(args.model_args).get("class_num") != 0
+    dataset, num_classes = open_dataset(args.dataset, args.split, args.part, labelled=conditional)
     vae = {"vae": args.vae, "vae_scale": args.vae_scale} if args.vae else {}
     if args.vae and args.vae != "pixels":
         vae["latent_bound"] = 0.0  # only pixels are bounded
@@ -114,7 +115,7 @@ def main() -> None:
         load_mar_weights(model, args.init, ema=args.init_ema)
     groups = parameter_groups(model, args.weight_decay)
     images, dataset = len(dataset), part_for(args, dataset)
-    cache = cached_latents(args, dataset, model)
+    cache = cached_latents(args, dataset, model, num_classes)
     run = Run(args, model, cache, identity, param_groups=groups, images=images)
     table = None if args.orderer == "random" else orders_of_dataset(args, run, dataset)
     labels, length = cache.labels, model.seq_len
@@ -169,7 +170,7 @@ def identity(record: torch.Tensor) -> torch.Tensor:
     return record
 
 
-def cached_latents(args: Args, dataset, model: MAR) -> LatentCache:
+def cached_latents(args: Args, dataset, model: MAR, num_classes: int) -> LatentCache:
     """The latents of the data set; every process encodes its share of the files."""
     state = processes()
     folder = args.latents or str(Path(args.output) / "latents")
@@ -182,10 +183,10 @@ def cached_latents(args: Args, dataset, model: MAR) -> LatentCache:
             f"vae: {model.vae!r} has {codec.channels} channels and stride {codec.stride}, which does not give the "
             f"model's latents {model.latent_shape} for {model.img_size} pixels"
         )
-    source = f"{describe_dataset(args.dataset, args.split, args.part)} {len(dataset)}"
+    source = describe_dataset(args.dataset, args.split, args.part)
     LatentCache.build(
         folder, dataset, codec, model.img_size, source, device=state.device, quiet=not state.is_main_process,
-        rank=state.process_index, world=state.num_processes,
+        num_classes=num_classes, rank=state.process_index, world=state.num_processes,
     )  # fmt: skip
     state.wait_for_everyone()
     return LatentCache(folder, codec)

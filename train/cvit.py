@@ -120,7 +120,7 @@ class Args(TrainArgs):
 
 def main() -> None:
     args = parse_args(Args, __doc__)
-    dataset, num_classes = open_dataset(args.dataset, args.split, args.part)
+    dataset, num_classes = open_dataset(args.dataset, args.split, args.part, labelled=True)
     source = {"pretrained_cfg_overlay": weights_of(args.init)} if args.init else {}
     model = timm.create_model(
         args.model, args.pretrained or bool(args.init), num_classes=num_classes, **source, **json.loads(args.model_args)
@@ -176,7 +176,7 @@ def main() -> None:
     if run.is_main:
         save_model(model, args.output, recipe=args)
         if args.val_split:
-            batches = image_batches(open_dataset(args.dataset, args.val_split).dataset, plain)
+            batches = image_batches(open_dataset(args.dataset, args.val_split, labelled=True).dataset, plain)
             curve = accuracy_curves({"cvit": model}, batches, sorted({1.0, 0.5, args.keep}))["cvit"]
             accuracy = dict(zip(curve.keeps, curve.top1))
             print("top-1:", ", ".join(f"{value:.1f}% at keep {keep:g}" for keep, value in accuracy.items()))

@@ -96,7 +96,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from ..data import open_dataset
     from ..evaluation import KEEPS, accuracy_curves, costs_over_keep
     from ..evaluation.accuracy import image_batches
-    from ..order import CollapseError, check_keeps
+    from ..order import check_keeps
     from ..plots import plot_accuracy, save
     from .evaluate_report import markdown, print_tables, results
 
@@ -104,10 +104,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     columns = _columns(args.columns, keeps)
     _check_numbers(args)
     device = _device(args.device)
-    info = open_dataset(args.dataset, args.split)
+    info = open_dataset(args.dataset, args.split, labelled=True)
     total = min(args.images or len(info.dataset), len(info.dataset))
-    if not total:
-        raise CollapseError(f"dataset: {args.dataset!r} has no images of split {args.split!r}")
     curves, costs, entries = {}, {}, []
     for config, group in load_groups(args, info):
         models = {entry.label: entry.module for entry in group}

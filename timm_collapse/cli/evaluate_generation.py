@@ -147,8 +147,6 @@ def open_reference(args: argparse.Namespace) -> Reference:
 
     if args.dataset:
         info = open_dataset(args.dataset, args.split)
-        if not len(info.dataset):
-            raise CollapseError(f"--dataset: {args.dataset!r} has no images of split {args.split!r}")
         return Reference(info.dataset, None, info)
     with open_npz(args.reference) as data:
         keys = set(data.files)
@@ -164,8 +162,8 @@ def open_reference(args: argparse.Namespace) -> Reference:
 
 
 def _class_to_idx(info: DatasetInfo | None) -> dict[str, int]:
-    """Class names of an image folder; empty for any other data set."""
-    return getattr(getattr(info and info.dataset, "reader", None), "class_to_idx", None) or {}
+    """Class names of the data set; empty where it has none."""
+    return info.dataset.class_to_idx if info else {}
 
 
 def _known_labels(labels: Tensor | None, model: nn.Module, info: DatasetInfo | None) -> tuple[Tensor | None, str]:

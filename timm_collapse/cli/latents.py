@@ -41,7 +41,7 @@ def declare_latents(parser: argparse.ArgumentParser) -> None:
     add("--img-size", type=int, required=True, metavar="PIXELS",
         help="side of the images: shorter side resized, centre cropped")
     add("--out", metavar="FOLDER", help="where the latents go")
-    add("--shard-size", type=int, default=4096, metavar="N", help="images a file (default: %(default)s)")
+    add("--shard-size", type=int, metavar="N", help="images a file (default: the folder's, 4096 in a new one)")
     add("--batch-size", type=int, default=64, help="default: %(default)s")
     add("--workers", type=int, help="processes that decode images (default: one a core, at most 4)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
@@ -53,7 +53,7 @@ def declare_latents(parser: argparse.ArgumentParser) -> None:
 
 def run_latents(args: argparse.Namespace) -> None:
     """Encodes the data set, or measures the scale."""
-    from ..data import LatentCache, open_dataset
+    from ..data import LatentCache, describe_dataset, open_dataset
     from ..models import load_codec
     from ..order import CollapseError
     from .evaluate import _cores, _device
@@ -71,7 +71,7 @@ def run_latents(args: argparse.Namespace) -> None:
     if args.measure_scale:
         _print_scale(_measure(args, info.dataset, codec, device, workers), codec)
         return
-    source = " ".join(filter(None, (args.dataset, args.split, args.part)))
+    source = describe_dataset(args.dataset, args.split, args.part)
     cache = LatentCache.build(
         args.out, info.dataset, codec, args.img_size, source, args.shard_size, args.batch_size, device,
         num_classes=info.num_classes, workers=workers,
@@ -81,15 +81,16 @@ def run_latents(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, dataset, codec: PixelCodec | VaeCodec, device, workers) -> LatentStatistics:
-    from torch.utils.data import DataLoader, Subset
+    from torch.utils.data import Subset
     from tqdm.auto import tqdm
 
+    from ..data import ImageLoader
     from ..data.latent_scale import latent_scale
     from ..data.latents import ResizedPixels
 
     count = min(args.images or len(dataset), len(dataset))
     even = [number * len(dataset) // count for number in range(count)]
-    loader = DataLoader(Subset(ResizedPixels(dataset, args.img_size), even), args.batch_size, num_workers=workers)
+    loader = ImageLoader(Subset(ResizedPixels(dataset, args.img_size), even), args.batch_size, num_workers=workers)
     return latent_scale(codec, (pixels.to(device).float() / 255 for pixels, _ in tqdm(loader, desc="scale")))
 
 

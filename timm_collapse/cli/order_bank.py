@@ -106,15 +106,12 @@ def computed_orders(args: argparse.Namespace) -> tuple[Iterator[tuple[Order, Ten
         CollapseError: No images, an orderer that cannot be loaded, a ranking that it does not have, or a wrong grid or
             device.
     """
-    from ..data import describe_dataset, eval_transform, labels_of, open_dataset
+    from ..data import describe_dataset, eval_transform, open_dataset
     from ..evaluation import image_batches
-    from ..order import CollapseError
     from .evaluate import _device
 
-    info = open_dataset(args.dataset, args.split, args.part)
+    info = open_dataset(args.dataset, args.split, args.part, labelled=True)
     total = len(info.dataset)
-    if not total:
-        raise CollapseError(f"dataset: {args.dataset!r} has no images of split {args.split!r}")
     device = _device(args.device)
     name, orderer, grid, size = load_orderer(args)
     orderer.to(device)
@@ -123,7 +120,7 @@ def computed_orders(args: argparse.Namespace) -> tuple[Iterator[tuple[Order, Ten
     orders = _ordered(batches, orderer, grid, args.mirror, args.precision, device)
     made_by = " ".join(filter(None, (Path(name).name, args.ranking)))
     dataset = describe_dataset(args.dataset, args.split, args.part)
-    return orders, info.num_classes or int(labels_of(info.dataset).max()) + 1, _source(args, dataset, total, made_by)
+    return orders, info.num_classes, _source(args, dataset, total, made_by)
 
 
 def _source(args: argparse.Namespace, dataset: str, total: int, made_by: str) -> str:

@@ -233,9 +233,8 @@ def _read_layout(file: Path) -> dict[str, Any]:
 
 def _check_layout(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, (other, value) in differences(found, wanted).items():
-        if name == "source" and same_source(other, value, wanted["images"]):
-            continue
-        if name == "num_classes" and 0 in (other, value):  # not known
+        same = name == "source" and same_source(other, value, wanted["images"])
+        if same or name == "num_classes":  # no matter of what is encoded
             continue
         raise CollapseError(
             f"{name}: {str(file)!r} holds latents of {other!r}, needed are those of {value!r}; choose another folder"

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..collapse.base import Collapsed
 from ..collapse.convert import collapse
+from ..data import ImageLoader
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, Order, check_keeps, resolve_keep
 from .cost import autocast
@@ -168,7 +169,7 @@ class _Even(Dataset):
 
 def image_batches(
     dataset: Dataset, transform: Callable, images: int = 0, batch_size: int = 64, workers: int = 0
-) -> DataLoader:
+) -> ImageLoader:
     """Batches for `accuracy_curves`, decoded as they are needed.
 
     Args:
@@ -179,6 +180,4 @@ def image_batches(
         workers: Processes that decode.
     """
     count = min(images or len(dataset), len(dataset))
-    return DataLoader(
-        _Even(dataset, transform, count), batch_size, num_workers=workers, pin_memory=torch.cuda.is_available()
-    )
+    return ImageLoader(_Even(dataset, transform, count), batch_size, num_workers=workers)
