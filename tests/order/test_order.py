@@ -2,12 +2,23 @@
 
 import copy
 import pickle
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from timm_collapse.order import CollapseError, Order, bayer_ranks, check_grid, check_images
+from timm_collapse.order import (
+    CollapseError,
+    Order,
+    bayer_ranks,
+    check_grid,
+    check_images,
+    jitter_order,
+    kendall,
+    mix_random,
+    spearman,
+)
 from timm_collapse.order.order import places_before_spreading
 
 
@@ -66,24 +77,120 @@ def test_no_permutation_is_refused_by_row(build, row):
         build(torch.tensor([[0, 1, 2, 3], row]), (2, 2))
 
 
-def test_indexing_keeps_the_batch_dimension():
+@pytest.mark.parametrize("item, rows", [
+    (1, [1]), (-1, [3]), (np.int64(0), [0]), (np.uint8(2), [2]), (torch.tensor(2), [2]), (np.array(2), [2]),
+    (slice(1, 3), [1, 2]), (slice(None, None, 2), [0, 2]), (slice(4, 9), []),
+    (slice(np.int64(1), torch.tensor(3)), [1, 2]),
+    (torch.tensor([3, 0]), [3, 0]), (torch.tensor([-1, 0], dtype=torch.int32), [3, 0]), (np.array([3, 0]), [3, 0]),
+    (torch.tensor([2], dtype=torch.uint8), [2]), ([3, 3, 0], [3, 3, 0]), (range(1, 3), [1, 2]), ([], []),
+    (torch.empty(0, dtype=torch.long), []), (torch.tensor([True, False, False, True]), [0, 3]),
+    (np.array([False] * 4), []), ([True, False, True, False], [0, 2]),
+])  # fmt: skip
+@pytest.mark.parametrize("cached", [True, False])
+def test_indexing_is_torchs_along_the_batch_and_keeps_that_dimension(item, rows, cached):
     order = random_order(images=4)
-    order.ranks  # noqa: B018  computed before: must be indexed as well
-    for item, rows in [
-        (1, [1]),
-        (-1, [3]),
-        (slice(1, 3), [1, 2]),
-        (torch.tensor([3, 0]), [3, 0]),
-        (torch.tensor(2), [2]),
-        (torch.tensor([True, False, False, True]), [0, 3]),
-    ]:
-        part = order[item]
-        assert torch.equal(part.scores, order.scores[rows]) and part.grid == order.grid
-        assert torch.equal(part.ranks, order.ranks[rows]) and torch.equal(part.indices, order.indices[rows])
-    assert len(order[4:]) == 0
+    if cached:
+        order.ranks  # noqa: B018  computed before: must be indexed as well
+    part = order[item]
+    assert torch.equal(part.scores, order.scores[rows]) and part.grid == order.grid and len(part) == len(rows)
+    assert torch.equal(part.ranks, order.ranks[rows]) and torch.equal(part.indices, order.indices[rows])
+
+
+def test_iterating_gives_orders_of_one_image():
+    order = random_order(images=4)
     assert [len(one) for one in order] == [1, 1, 1, 1]
-    with pytest.raises(IndexError):
-        order[4]
+    for item in (4, -5, np.int64(4), torch.tensor(4), [0, 4]):
+        with pytest.raises(IndexError):
+            order[item]
+
+
+@pytest.mark.parametrize("item", [
+    (slice(None), slice(2)), (0, 1), (0,), None, ..., True, 1.0, "0", slice(None, None, -1), torch.tensor([[0, 1]]),
+    torch.tensor(True), torch.tensor([True, False]), torch.ones(4, 196, dtype=torch.bool), torch.tensor([0.0]),
+    np.ones((1, 1), dtype=int), [[0], [1]],
+])  # fmt: skip
+def test_what_does_not_index_the_batch_is_refused_at_once(item):
+    with pytest.raises(CollapseError, match=r"^an Order of 4 images must be indexed along the batch alone, .*got "):
+        random_order(images=4)[item]
+
+
+def test_a_batch_of_no_images():
+    order = random_order(images=0)
+    assert len(order) == 0 and list(order) == [] and len(order[:2]) == len(order[order.scores.sum(1) > 0]) == 0
+    for part in (order, order.reversed(), copy.deepcopy(order), Order.cat([order, order]), order.resample((14, 14)),
+                 Order.from_indices(order.indices, order.grid), Order.from_ranks(order.ranks, order.grid),
+                 Order.with_spread_ties(order.scores, order.grid), jitter_order(order, 0.1, torch.rand(0, 196)),
+                 mix_random(order, 0.5, torch.rand(0, 197))):  # fmt: skip
+        assert part.ranks.shape == part.indices.shape == part.scores.shape == (0, 196)
+        assert part.keep(0.5).shape == (0, 98) and part.mask(50).shape == (0, 196) and part.first(1).shape == (0, 1)
+    for grid in ((28, 28), (7, 7), (7, 28), (5, 9)):
+        assert order.resample(grid, spread=0.3).ranks.shape == (0, grid[0] * grid[1])
+    one = random_order(images=2)
+    assert torch.equal(Order.cat([order, one]).ranks, one.ranks)
+    for other in (order, one[0]):
+        assert spearman(order, other).shape == kendall(other, order).shape == (0,)
+
+
+def test_devices_do_not_mix():
+    order = random_order(images=1)
+    for call in (Order.cat, lambda pair: spearman(*pair), lambda pair: kendall(*pair)):
+        with pytest.raises(CollapseError, match="on one device, got .*cpu.*meta"):
+            call([order, order.to("meta")])
+
+
+def test_threads_share_an_order():
+    order, expected = random_order(images=64), random_order(images=64)
+    expected_kept, wrong = expected.keep(0.3), []
+
+    def work():
+        for _ in range(20):
+            fresh = order[:]  # nothing is computed yet
+            wrong.extend(not torch.equal(each.keep(0.3), expected_kept) for each in (fresh, order))
+            wrong.append(not torch.equal(fresh.ranks, expected.ranks))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 4 * 20 * 3 and not any(wrong)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_order_that_a_graph_uses_keeps_nothing_of_the_graph():
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.order = random_order(images=2, grid=(4, 4))
+
+        def forward(self, x):
+            return x.gather(1, self.order.keep(0.5)), self.order.ranks
+
+    x = torch.rand(2, 16)
+    for make in (
+        lambda module: torch.export.export(module, (x,), strict=False).module(),
+        lambda module: torch.export.export(module, (x,), strict=True).module(),
+        lambda module: torch.jit.trace(module, (x,)),  # runs twice to compare
+        lambda module: torch.compile(module, backend="eager", fullgraph=True),
+    ):
+        module = Module()
+        assert all(map(torch.equal, make(module)(x), Module()(x)))
+        assert type(module.order.ranks) is torch.Tensor and all(map(torch.equal, module(x), Module()(x)))
+
+
+def test_unchecked_reads_no_value():
+    scores = torch.full((1, 4), float("nan"))
+    assert Order.unchecked(scores, (2, 2)).scores is scores
+    meta = Order.unchecked(torch.empty(2, 16, device="meta"), (4, 4))
+    for order in (
+        meta,
+        meta[0],
+        meta.reversed(),
+        meta.resample((8, 8)),
+        meta.resample((2, 2)),
+        Order.cat([meta, meta]),
+    ):
+        assert order.keep(0.5).is_meta and order.ranks.is_meta
 
 
 def test_cat_is_the_inverse_of_indexing():

@@ -32,7 +32,7 @@ def jitter_order(order: Order, temperature: float, uniform: Tensor) -> Order:
     if temperature == 0:
         return order
     gumbel = -torch.log(-torch.log(uniform.clamp(1e-7, 1 - 1e-7)))
-    return Order(gumbel - order.ranks / (temperature * order.num_patches), order.grid)
+    return Order.unchecked(gumbel - order.ranks / (temperature * order.num_patches), order.grid)
 
 
 def mix_random(order: Order, share: float, uniform: Tensor) -> Order:
@@ -52,7 +52,7 @@ def mix_random(order: Order, share: float, uniform: Tensor) -> Order:
     if share == 0:
         return order
     replace = uniform[:, -1:] < share
-    return Order(torch.where(replace, uniform[:, :-1], -order.ranks.to(uniform.dtype)), order.grid)
+    return Order.unchecked(torch.where(replace, uniform[:, :-1], -order.ranks.to(uniform.dtype)), order.grid)
 
 
 def _check_uniform(uniform: Tensor, shape: tuple[int, int]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +43,14 @@ class Order:
         self._scores = scores
         self._indices: Tensor | None = None
         self._ranks: Tensor | None = None
+
+    @classmethod
+    def unchecked(cls, scores: Tensor, grid: tuple[int, int]) -> Order:
+        """As the constructor, of scores (B, h * w) known to be right: no value is read back from a GPU."""
+        order = object.__new__(cls)
+        order._scores, order._grid = scores, tuple(grid)
+        order._indices = order._ranks = None
+        return order
 
     @classmethod
     def from_indices(cls, indices: Tensor, grid: Sequence[int]) -> Order:
@@ -84,7 +93,7 @@ class Order:
     @classmethod
     def _from_permutations(cls, grid: tuple[int, int], indices: Tensor, ranks: Tensor) -> Order:
         num_patches = ranks.shape[1]
-        order = cls((num_patches - ranks).float() / num_patches, grid)
+        order = cls.unchecked((num_patches - ranks).float() / num_patches, grid)
         order._indices, order._ranks = indices, ranks
         return order
 
@@ -101,13 +110,16 @@ class Order:
         """The orders of several batches as one batch.
 
         Raises:
-            CollapseError: Where there are none, or their grids differ.
+            CollapseError: Where there are none, or their grids or devices differ.
         """
         orders = list(orders)
         grids = sorted({order.grid for order in orders})
         if len(grids) != 1:
             raise CollapseError(f"orders must be at least one Order and share one grid, got the grids {grids}")
-        return Order(torch.cat([order.scores for order in orders]), grids[0])
+        devices = sorted({str(order.scores.device) for order in orders})
+        if len(devices) != 1:
+            raise CollapseError(f"orders must be on one device, got {devices}; see Order.to")
+        return Order.unchecked(torch.cat([order.scores for order in orders]), grids[0])
 
     @property
     def scores(self) -> Tensor:
@@ -117,16 +129,26 @@ class Order:
     @property
     def indices(self) -> Tensor:
         """(B, N) long: the numbers of the patches, best first."""
-        if self._indices is None:
-            self._indices = stable_argsort(self._scores.detach(), descending=True)
-        return self._indices
+        indices = self._indices
+        if indices is None:
+            indices = stable_argsort(self._scores.detach(), descending=True)
+            if self._keeps(indices):
+                self._indices = indices
+        return indices
 
     @property
     def ranks(self) -> Tensor:
         """(B, N) long: the rank of every patch, 0 = first."""
-        if self._ranks is None:
-            self._ranks = _inverted(self.indices)
-        return self._ranks
+        ranks = self._ranks
+        if ranks is None:
+            ranks = _inverted(self.indices)
+            if self._keeps(ranks):
+                self._ranks = ranks
+        return ranks
+
+    def _keeps(self, computed: Tensor) -> bool:
+        """Not what stands for a tensor while a pass is exported or traced: it belongs to that pass alone."""
+        return type(self._scores) in (type(computed), torch.nn.Parameter) and not torch.jit.is_tracing()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -141,22 +163,26 @@ class Order:
     def __len__(self) -> int:
         return self._scores.shape[0]
 
-    def __getitem__(self, item: int | slice | Tensor) -> Order:
-        """The orders of some images; an int keeps the batch dimension. IndexError where there is no such image."""
-        if isinstance(item, int):
-            item = range(len(self))[item]
-            item = slice(item, item + 1)
-        elif isinstance(item, Tensor):
-            item = item.reshape(-1)
-        return self._map(lambda tensor: tensor[item])
+    def __getitem__(self, item: int | slice | Sequence | Tensor) -> Order:
+        """The orders of some images, by their places in the batch.
+
+        Args:
+            item: As torch indexes a first axis: an int (which keeps the batch dimension here), a slice, the numbers of
+                images (k,) or a mask (B,) of bools, as a tensor, an array or a list.
+
+        Raises:
+            IndexError: There is no such image.
+            CollapseError: For anything else, such as a second axis.
+        """
+        rows = _rows(item, len(self), self._scores.device)
+        return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> Order:
         """The same order on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, function) -> Order:
-        order = object.__new__(Order)
-        order._grid = self._grid
+        order = Order.unchecked(self._scores, self._grid)
         for name in ("_scores", "_indices", "_ranks"):
             tensor = getattr(self, name)
             setattr(order, name, None if tensor is None else function(tensor))
@@ -226,7 +252,7 @@ class Order:
         if shared not in (grid, self._grid):
             return self.resample(shared).resample(grid, spread)
 
-        values, bayer = self.ranks.view(-1, 1, *self._grid), bayer_ranks(grid)
+        values, bayer = self.ranks.unflatten(1, self._grid).unsqueeze(1), bayer_ranks(grid)
         if shared == grid:
             values = F.adaptive_avg_pool2d(values.float(), grid)
         else:
@@ -289,6 +315,27 @@ def _inverted(permutations: Tensor) -> Tensor:
     """(B, N) long: the inverse of every row; turns indices into ranks and back."""
     positions = torch.arange(permutations.shape[1], device=permutations.device).expand_as(permutations)
     return torch.empty_like(permutations).scatter_(1, permutations, positions)
+
+
+def _rows(item: int | slice | Sequence | Tensor, batch: int, device: torch.device) -> slice | Tensor:
+    """What indexes the first axis of a tensor of `batch` rows, see `Order.__getitem__`."""
+    if isinstance(item, slice) and (item.step is None or item.step > 0):
+        return item
+    if isinstance(item, Integral) and not isinstance(item, bool):
+        row = range(batch)[item]
+        return slice(row, row + 1)
+    if isinstance(item, (Tensor, np.ndarray, list, range)):
+        empty = isinstance(item, (list, range)) and not item
+        rows = torch.empty(0, dtype=torch.long, device=device) if empty else torch.as_tensor(item, device=device)
+        if rows.dtype == torch.bool:
+            if rows.shape == (batch,):
+                return rows
+        elif rows.ndim <= 1 and not rows.is_floating_point() and not rows.is_complex():
+            return rows.long().reshape(-1)
+    raise CollapseError(
+        f"an Order of {batch} images must be indexed along the batch alone, by an int, a slice that ascends, numbers "
+        f"(k,) or a mask ({batch},) of bools, got {describe(item)}"
+    )
 
 
 def _check_permutations(name: str, rows: Tensor, grid: Sequence[int]) -> tuple[int, int]:

@@ -46,8 +46,9 @@ def spearman(a: Order, b: Order) -> Tensor:
 def kendall(a: Order, b: Order) -> Tensor:
     """Kendall's rank correlation tau of two orders, image by image; arguments, result and errors as of `spearman`."""
     _check_pair(a, b)
-    n, size = a.num_patches, max(len(a), len(b))
-    swapped = _inversions(b.ranks.expand(size, -1).gather(1, a.indices.expand(size, -1)))
+    n = a.num_patches
+    ranks, indices = torch.broadcast_tensors(b.ranks, a.indices)
+    swapped = _inversions(ranks.gather(1, indices))
     return 1 - 4 * swapped.float() / (n * (n - 1))
 
 
@@ -81,11 +82,11 @@ def _inversions(permutations: Tensor) -> Tensor:
     blocks = torch.cat([permutations, tail], dim=1)
     total, width = torch.zeros(size, dtype=torch.long, device=permutations.device), 1
     while width < padded:
-        left, right = blocks.view(size, -1, 2, width).unbind(dim=2)
+        left, right = blocks.unflatten(1, (padded // width // 2, 2, width)).unbind(dim=2)
         smaller = torch.searchsorted(left.contiguous(), right.contiguous())
         total += (width - smaller).sum(dim=(1, 2))
         width *= 2
-        blocks = blocks.view(size, -1, width).sort(dim=2).values
+        blocks = blocks.unflatten(1, (padded // width, width)).sort(dim=2).values.flatten(1)
     return total
 
 
@@ -94,3 +95,5 @@ def _check_pair(a: Order, b: Order) -> None:
         raise CollapseError(f"a and b must share one grid of at least two patches, got the grids {a.grid} and {b.grid}")
     if len(a) != len(b) and 1 not in (len(a), len(b)):
         raise CollapseError(f"a and b must have as many images (or one), got {len(a)} and {len(b)}")
+    if a.scores.device != b.scores.device:
+        raise CollapseError(f"a and b must be on one device, got {a.scores.device} and {b.scores.device}")
