@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from timm_collapse import ClassOrderBank, CollapseOrder, Order
 from timm_collapse.cli import main as cli
 from timm_collapse.evaluation.samples import open_samples
+from timm_collapse.hub.files import BANK_FILE
 from timm_collapse.hub.mar_checkpoints import load_mar
 from timm_collapse.hub.save import save_model
 from timm_collapse.models import MAR, PixelCodec
-from timm_collapse.models.cmar import BANK_FILE
 from timm_collapse.models.draft import draft_order
 from timm_collapse.order import GENERATION_ORDERS, tokens_per_step
 from timm_collapse.plots import Film

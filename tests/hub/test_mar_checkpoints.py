@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from timm_collapse import ClassOrderBank, CollapseError, Order
+from timm_collapse.hub.files import BANK_FILE
 from timm_collapse.hub.mar_checkpoints import infer_config, load_mar, load_mar_weights, read_mar_checkpoint
 from timm_collapse.hub.save import save_model
 from timm_collapse.models import MAR
-from timm_collapse.models.cmar import BANK_FILE
 
 SMALL_MAR = runpy.run_path(str(Path(__file__).parents[1] / "models" / "mar_small.py"))
 SMALL, random_mar = SMALL_MAR["SMALL"], SMALL_MAR["random_mar"]
@@ -82,6 +82,28 @@ def test_files_of_one_state_and_other_layouts(official, tmp_path):
     load_mar_weights(mar, tmp_path / "half.safetensors")
     assert mar.mask_token.dtype == torch.float32
     assert all((mar.state_dict()[k] - state[k]).abs().max() < 2e-3 for k in state)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.module.", "model.model."]
+)
+def test_files_of_a_model_inside_wrappers(official, tmp_path, prefix):
+    _, state, ema = official
+    wrapped, wrapped_ema = ({prefix + name: value for name, value in each.items()} for each in (state, ema))
+    save_file(wrapped, tmp_path / "mar.safetensors")
+    torch.save({"model": wrapped, "model_ema": wrapped_ema}, tmp_path / "mar.pth")
+    for file, expected in (("mar.safetensors", state), ("mar.pth", ema)):
+        assert same(read_mar_checkpoint(tmp_path / file), expected)
+        assert same(load_mar(tmp_path / file, **KNOWN).state_dict(), expected)
+
+
+def test_files_of_other_trainers(official, tmp_path):
+    _, state, _ = official
+    inside = {name.replace("_blocks.1.", "_blocks.1._checkpoint_wrapped_module."): state[name] for name in state}
+    lightning = {"loss.weight": torch.zeros(1), **{f"model.{name}": value for name, value in state.items()}}
+    for content in ({"module": state}, {"state_dict": lightning, "epoch": 3}, inside):
+        torch.save(content, tmp_path / "mar.ckpt")
+        assert same(read_mar_checkpoint(tmp_path / "mar.ckpt"), state)
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])

@@ -15,7 +15,7 @@ from timm_collapse.collapse.base import Collapsed
 from timm_collapse.hub.config import read_config
 from timm_collapse.hub.download import bundled_models
 from timm_collapse.hub.publish import publish_folder, push
-from timm_collapse.hub.save import save_model
+from timm_collapse.hub.save import save_model, save_orderer
 from timm_collapse.models import MAR
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "hub_configs").glob("*.json"))}
@@ -256,6 +256,31 @@ def test_the_recipe_goes_along_without_the_paths_of_a_machine(cvit, hub, tmp_pat
     assert not any(b"someone" in path.read_bytes() for path in out.rglob("*") if path.is_file())
 
 
+def test_a_pushed_run_takes_no_path_of_a_machine_along(cvit, hub, tmp_path):
+    recipe = {"dataset": "/home/someone/data/photos", "init": {"from": ["/home/someone/runs/a"]}, "lr": 1.0}
+    save_model(cvit, tmp_path / "run", recipe=recipe)
+    save_orderer(cvit.orderer, tmp_path / "run" / "orderer")
+    (tmp_path / "run" / "orderer" / "recipe.json").write_text(json.dumps({"arguments": recipe}))
+    (tmp_path / "run" / "orderer" / "checkpoint.pt").write_bytes(b"optimizer of someone")
+    push(tmp_path / "run", "me/cvit")
+    files = hub.repos["me/cvit"].files()
+    assert {"recipe.json", "orderer/recipe.json", "orderer/orderer.json", "model.safetensors"} <= files.keys()
+    for name in ("recipe.json", "orderer/recipe.json"):
+        arguments = json.loads(files[name])["arguments"]
+        assert arguments == {"dataset": "data/photos", "init": {"from": ["runs/a"]}, "lr": 1.0}
+    assert not any(b"someone" in content for content in files.values())
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["arguments"] == recipe  # one's own stays
+    assert_same(cvit, timm.create_model("hf-hub:me/cvit", pretrained=True).eval())
+    (tmp_path / "run" / "recipe.json").write_text("{")
+    with pytest.raises(CollapseError, match="folder: .*recipe.json is damaged"):
+        push(tmp_path / "run", "me/cvit")
+
+
+def test_a_pushed_orderer_keeps_its_settings(cvit, hub, tmp_path):
+    push(save_orderer(cvit.orderer, tmp_path), "me/orderer")
+    assert CollapseOrder.from_pretrained("me/orderer").ranking == "coverage"
+
+
 def test_a_model_of_ones_own_has_no_results_of_others(cvit, tmp_path):
     config = read_config(CONFIGS["cvit_tiny_patch4_32"])
     assert config.results and config.datasets
@@ -304,6 +329,8 @@ def test_a_generator_whose_vae_is_a_file_is_refused(tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CollapseError, match="vae: must be 'pixels' or a Hub id"):
         publish_folder(read_config(CONFIGS["cmar_mini_patch1_8"]), tmp_path / "out", "me/mar", tmp_path / "run")
+    with pytest.raises(CollapseError, match="vae: must be 'pixels' or a Hub id"):
+        push(tmp_path / "run", "me/mar")
 
 
 def test_no_file_of_another_model_or_of_the_training_is_sent(cvit, hub, tmp_path):

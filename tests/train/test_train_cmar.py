@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from timm_collapse import CollapseError, GenerationOrder
 from timm_collapse.engine import run_script
+from timm_collapse.hub.files import BANK_FILE
 from timm_collapse.models import load_codec
-from timm_collapse.models.cmar import BANK_FILE
 from timm_collapse.order import tokens_per_step
 
 ROOT = Path(__file__).parents[2]

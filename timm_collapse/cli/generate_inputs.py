@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..data.images import load_photo, photo_tensor
 from ..hub.mar_checkpoints import load_mar
+from ..hub.weight_files import SUFFIXES
 from ..models import MAR, PixelCodec, VaeCodec, load_codec
-from ..models.codec import WEIGHT_FILES
 from ..models.registry import load_model
 from ..order import ClassOrderBank, CollapseError, GenerationOrder
 
@@ -38,7 +38,7 @@ def load_generator(name: str) -> MAR:
         CollapseError: Nothing of that name, or no MAR.
     """
     path = Path(name.removeprefix("local-dir:"))
-    if path.suffix in WEIGHT_FILES and not path.is_dir():
+    if path.suffix in SUFFIXES and not path.is_dir():
         try:
             return load_mar(path)
         except CollapseError as error:

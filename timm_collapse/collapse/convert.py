@@ -15,7 +15,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..hub.download import ORDERER_FOLDER
+from ..hub.files import ORDERER_FOLDER
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, check_keep
 from ..order.errors import describe

@@ -20,7 +20,8 @@ from timm.models._features import FeatureGetterNet
 from timm.models._input import update_model_args
 from torch import nn
 
-from ..hub.download import ORDERER_FOLDER, find_orderer, local_weights
+from ..hub.download import find_orderer, local_weights
+from ..hub.files import ORDERER_FOLDER
 from ..models.orderer import CollapseOrder
 from ..models.registry import pixel_cfg, take_pretrained_cfg
 from .convert import collapse

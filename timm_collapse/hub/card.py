@@ -12,9 +12,9 @@ from ..collapse.base import Collapsed
 from ..evaluation.report import RESULTS, markdown_table, read_section
 from ..models import MAR, CollapseOrder
 from .config import TASKS, HubConfig
+from .files import CARD_FILE
 from .pictures import Picture, draw_picture
 
-CARD_FILE = "README.md"
 CITATIONS = """```bibtex
 @article{guo2025collapse,
   title={The Collapse of Patches},

@@ -17,15 +17,11 @@ from safetensors import SafetensorError
 from timm.models import PretrainedCfg
 
 from ..order import CollapseError
+from .files import CONFIG_FILE, ORDERER_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
 
 WEIGHTS = Path(__file__).parents[1] / "models" / "weights"
 """Bundled weights: one folder `<architecture>.<tag>` each, in the layout that timm's `local-dir:` reads."""
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-SETTINGS_FILE = "orderer.json"
-"""Beside the weights of a saved orderer: how it ranks."""
-ORDERER_FOLDER = "orderer"
-"""Beside the weights of a collapsed model: its orderer, a saved model of its own."""
 ATTEMPTS = 3
 """Downloads of one file, where what came was damaged or the connection broke; the client retries by itself, too."""
 

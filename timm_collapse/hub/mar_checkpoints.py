@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..models.mar import MAR
 from ..order import CollapseError
+from .files import WEIGHTS_FILE
+from .weight_files import KEYS, read_state_dict
 
 
 def read_mar_checkpoint(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
@@ -20,34 +19,20 @@ def read_mar_checkpoint(path: str | Path, ema: bool = True) -> dict[str, Tensor]
 
     Args:
         path: `.safetensors`; a torch file as published, with the keys `model_ema` and `model`, or with the tensors
-            alone; or a folder that `save_model` wrote.
+            alone; or a folder that `save_model` wrote. Also of a model inside wrappers (`module.`, `_orig_mod.`,
+            `model.`).
         ema: Take `model_ema` where the file has both.
 
     Raises:
         CollapseError: No such file, one that holds anything but tensors and plain values, or no MAR.
     """
     path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = path / WEIGHTS_FILE if path.is_dir() else path
     if not file.is_file():
-        raise CollapseError(f"init: {str(path)!r} is neither a file nor a folder with model.safetensors")
-    try:
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            # training files also hold their arguments as a Namespace: plain values, harmless, and allowed by name
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever it stumbles over in a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CollapseError(f"init: {str(file)!r} is damaged or holds more than tensors: {reason}") from error
-    if isinstance(state, dict) and ("model" in state or "model_ema" in state):
-        wanted, other = ("model_ema", "model") if ema else ("model", "model_ema")
-        state = state[wanted] if wanted in state else state[other]
-    if (
-        not isinstance(state, dict)
-        or not all(isinstance(v, Tensor) for v in state.values())
-        or "z_proj.weight" not in state
-    ):
+        raise CollapseError(f"init: {str(path)!r} is neither a file nor a folder with {WEIGHTS_FILE}")
+    own, other = ("model_ema", "model") if ema else ("model", "model_ema")
+    state = read_state_dict(file, "init", "z_proj.weight", (own, other, *KEYS))
+    if "z_proj.weight" not in state:
         raise CollapseError(f"init: {str(file)!r} holds no MAR")
     return state
 

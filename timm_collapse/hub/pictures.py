@@ -16,7 +16,6 @@ from ..order import CollapseError
 from ..plots import plot_kept, plot_order, plot_samples, save
 
 CREDIT = "Photos: scikit-learn's flower.jpg (vultilion) and china.jpg (T. Liu), CC BY 2.0"
-PICTURES = ("samples.png", "kept.png", "order.png")
 MAX_TOKENS = 256
 """No picture is generated with more: it would take minutes."""
 DIFFUSION_STEPS = 25

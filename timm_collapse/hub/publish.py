@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -16,19 +17,15 @@ from torch import nn
 from ..collapse.base import Collapsed
 from ..evaluation.report import without_paths
 from ..models import MAR
-from ..models.cmar import BANK_FILE
 from ..models.registry import load_model
 from ..order import CollapseError
-from .card import CARD_FILE, trained_on, write_card
+from .card import trained_on, write_card
 from .config import HubConfig
-from .download import CONFIG_FILE, ORDERER_FOLDER, WEIGHTS_FILE, explain, http_status
+from .download import explain, http_status
+from .files import CARD_FILE, CONFIG_FILE, ORDERER_FOLDER, PUBLISHED, RECIPE_FILE
 from .mar_checkpoints import load_mar_weights
-from .pictures import PICTURES
 from .save import save_model
 
-RECIPE_FILE = "recipe.json"
-PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, RECIPE_FILE, CARD_FILE, BANK_FILE, ORDERER_FOLDER, *PICTURES)
-"""All that a published folder can hold."""
 PATTERNS = [f"{name}/*" if name == ORDERER_FOLDER else name for name in PUBLISHED]
 
 
@@ -77,8 +74,7 @@ def publish_folder(
     """
     folder, checkpoint = Path(folder), checkpoint or config.checkpoint
     model = load_checkpoint(config, checkpoint)
-    if isinstance(model, MAR) and model.vae != "pixels" and Path(model.vae).expanduser().exists():
-        raise CollapseError(f"vae: must be 'pixels' or a Hub id, so that others can load it, got {model.vae!r}")
+    _check_vae(getattr(model, "vae", None))
     recipe = _recipe_of(checkpoint)
     config = config if str(checkpoint) == config.checkpoint else _as_trained(config, recipe)
     _clear(folder)
@@ -101,7 +97,6 @@ def push(
     revision: str | None = None,
     commit_message: str = "Upload model",
     create_pr: bool = False,
-    token: str | None = None,
 ) -> str:
     """Upload a folder, as one commit: either all of it is there, or nothing.
 
@@ -109,35 +104,66 @@ def push(
     when it is run again.
 
     Args:
-        folder: What `publish_folder` wrote, without the paths of this machine. Other files in it are not sent; files
-            of such names that it does not hold are deleted in the repository.
+        folder: What `publish_folder` or `save_model` wrote; recipes are sent without the paths of this machine. Other
+            files in it are not sent; files of such names that it does not hold are deleted in the repository. The token
+            is the one that `hf auth login` stored, or HF_TOKEN.
         repo_id: "ME/NAME"; made if there is none.
         revision: Branch, made if there is none; None for main.
         create_pr: Open a pull request instead.
-        token: None takes the one that `hf auth login` stored, or HF_TOKEN.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        CollapseError: No model in the folder, a bad name, no permission, or a connection that fails for good.
+        CollapseError: No model in the folder, one whose VAE is a file of this machine, a bad name, no permission, or a
+            connection that fails for good.
     """
     from huggingface_hub import HfApi
 
-    if not (Path(folder) / CONFIG_FILE).is_file():
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
         raise CollapseError(f"folder: {str(folder)!r} holds no saved model ({CONFIG_FILE} is missing)")
-    api = HfApi(token=token, library_name="timm-collapse")
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr,
-            allow_patterns=PATTERNS, delete_patterns=PATTERNS,
-        )  # fmt: skip
-    except Exception as error:  # the Hub's own, the system's, and those of whatever HTTP library it uses
-        raise CollapseError(_advise(error, api.endpoint, repo_id)) from error
+    _check_vae(_read_json(folder / CONFIG_FILE).get("model_args", {}).get("vae"))
+    api = HfApi(library_name="timm-collapse")
+    with TemporaryDirectory() as outgoing:
+        _collect(folder, Path(outgoing))
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=outgoing, revision=revision, commit_message=commit_message,
+                create_pr=create_pr, delete_patterns=PATTERNS,
+            )  # fmt: skip
+        except Exception as error:  # the Hub's own, the system's, and those of whatever HTTP library it uses
+            raise CollapseError(_advise(error, api.endpoint, repo_id)) from error
     return commit.pr_url or commit.commit_url
+
+
+def _collect(folder: Path, outgoing: Path) -> None:
+    """What of a folder is sent, in another: links to its files, and its recipes without the paths of this machine."""
+    for part in (folder, folder / ORDERER_FOLDER):
+        for path in part.iterdir() if part.is_dir() else ():
+            if not path.is_file() or path.name not in PUBLISHED:
+                continue
+            target = outgoing / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            if path.name == RECIPE_FILE:
+                target.write_text(json.dumps(without_paths(_read_json(path)), indent=1) + "\n")
+            else:
+                target.symlink_to(path.resolve())
+
+
+def _check_vae(vae: str | None) -> None:
+    if vae and vae != "pixels" and Path(vae).expanduser().exists():
+        raise CollapseError(f"vae: must be 'pixels' or a Hub id, so that others can load it, got {vae!r}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CollapseError(f"folder: {file} is damaged: {error}") from error
 
 
 def _advise(error: Exception, endpoint: str, repo_id: str) -> str:
@@ -195,5 +221,4 @@ def _recipe_of(checkpoint: str | Path) -> dict[str, Any]:
     recipe = (path if path.is_dir() else path.parent) / RECIPE_FILE
     if not recipe.is_file():
         return {}
-    values = json.loads(recipe.read_text())
-    return without_paths(values)
+    return without_paths(_read_json(recipe))

@@ -17,11 +17,10 @@ from torch import nn
 
 from ..collapse.base import Collapsed
 from ..models import MAR, CollapseOrder
-from ..models.cmar import BANK_FILE
 from ..models.orderer import SETTINGS
 from ..models.registry import load_model
 from ..order import CollapseError
-from .download import CONFIG_FILE, ORDERER_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
+from .files import BANK_FILE, CONFIG_FILE, ORDERER_FOLDER, RECIPE_FILE, SETTINGS_FILE, WEIGHTS_FILE
 
 
 def save_model(
@@ -63,7 +62,7 @@ def save_model(
     if recipe is not None or extra:
         values = asdict(recipe) if is_dataclass(recipe) else dict(recipe or {})
         values = {"arguments": values, "parameters": sum(p.numel() for p in model.parameters()), **extra}
-        (folder / "recipe.json").write_text(json.dumps(values, indent=1, default=_plain) + "\n")
+        (folder / RECIPE_FILE).write_text(json.dumps(values, indent=1, default=_plain) + "\n")
     return folder
 
 

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..order import CollapseError
 from .download import download
+from .files import CONFIG_FILE
+from .weight_files import read_state_dict
 
-DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def load_vae(vae: nn.Module | str) -> nn.Module:
@@ -90,18 +91,7 @@ def load_kl16(path: str | Path, config: dict[str, Any] | None = None) -> nn.Modu
     path = Path(path)
     if not path.is_file():
         raise CollapseError(f"vae: looked for a weight file of KL-16 at {str(path)!r}, there is none")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged or unsafe pickles raise whatever the reader stumbles over
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CollapseError(f"vae: {str(path)!r} cannot be read as a file of weights alone: {reason}") from error
-    for key in ("model", "state_dict"):
-        state = state.get(key, state) if isinstance(state, Mapping) else {}
+    state = read_state_dict(path, "vae", "decoder.conv_in.weight")
     vae = _autoencoder_class()(**(config or kl16_config()))
     try:
         found = vae.load_state_dict(convert_kl16(state), strict=False)
@@ -133,7 +123,7 @@ def _from_diffusers(name: str) -> nn.Module:
     looked = f"vae: looked for an AutoencoderKL in diffusers' layout (config.json and its weights) in {where}"
     try:
         if not local:  # checked, and nothing that would have to be unpickled
-            download(name, DIFFUSERS_CONFIG)
+            download(name, CONFIG_FILE)
             name = str(download(name, DIFFUSERS_WEIGHTS).parent)
         found = cls.load_config(name).get("_class_name", "a model of another library")
         if found != cls.__name__:

@@ -7,11 +7,9 @@ from typing import Any
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 
 from ..hub.download import find_beside
+from ..hub.files import BANK_FILE
 from .mar import MAR
 from .registry import build, pixel_cfg
-
-BANK_FILE = "order_bank.safetensors"
-"""The order bank, beside model.safetensors."""
 
 _LARGE = dict(encoder_embed_dim=1024, encoder_depth=16, encoder_num_heads=16, decoder_embed_dim=1024, decoder_depth=16,
               decoder_num_heads=16, diffloss_d=8, diffloss_w=1280)  # fmt: skip

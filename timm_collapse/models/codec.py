@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..hub.vae_weights import load_kl16
+from ..hub.weight_files import SUFFIXES
 from ..order import CollapseError, check_images
 from .vae import FrozenVae
-
-WEIGHT_FILES = (".safetensors", ".ckpt", ".pth", ".pt")
 
 
 class PixelCodec(nn.Module):
@@ -86,7 +85,7 @@ def load_codec(name: str, scale: float | None = None) -> PixelCodec | VaeCodec:
         if scale is not None:
             raise CollapseError(f"scale: is for a VAE, pixels have none, got {scale}")
         return PixelCodec()
-    return VaeCodec(load_kl16(name) if name.endswith(WEIGHT_FILES) else name, scale)
+    return VaeCodec(load_kl16(name) if name.endswith(SUFFIXES) else name, scale)
 
 
 def _check_pixels(images: Tensor) -> None:

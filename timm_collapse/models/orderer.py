@@ -11,7 +11,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..hub.download import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, bundled_models, download, find_file, loading
+from ..hub.download import bundled_models, download, find_file, loading
+from ..hub.files import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from ..order import BASELINES, RANKINGS, CollapseError, Order, baseline_scores, check_grid, check_images, rank_graph
 from ..order.hierarchy import hierarchical_pagerank
 from ..order.order import check_spread, places_before_spreading

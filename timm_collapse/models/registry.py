@@ -10,6 +10,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_
 from torch import nn
 
 from ..hub.download import WEIGHTS, loading, local_weights
+from ..hub.files import WEIGHTS_FILE
 from ..order import CollapseError
 
 TIN_MEAN, TIN_STD = (0.480, 0.448, 0.398), (0.277, 0.269, 0.282)
@@ -30,7 +31,7 @@ def pixel_cfg(
         **fields,
     }
     if tag_folder:
-        cfg["file"] = str(WEIGHTS / tag_folder / "model.safetensors")
+        cfg["file"] = str(WEIGHTS / tag_folder / WEIGHTS_FILE)
     return cfg
 
 
