@@ -190,7 +190,7 @@ def check_budgets(args: Args, model) -> None:
     budgets = [resolve_keep(keep, grid[0] * grid[1]) for keep in (args.keep, *map(args.budget, quantiles))]
     for remainder in args.remainder:
         model.remainder = remainder
-        model._plan(min(budgets), grid)  # what has tokens for the smallest budget has them for all
+        model.plan(min(budgets), grid)  # what has tokens for the smallest budget has them for all
 
 
 def weights_of(folder: str) -> dict:

@@ -16,7 +16,7 @@ from torch import nn
 from timm_collapse import CollapseError, CollapseOrder, Order, collapse
 from timm_collapse.collapse.base import Collapsed
 from timm_collapse.collapse.cells import cell_centres, cell_of_patches, coarse_grid, mean_of_cells
-from timm_collapse.collapse.selection import Selection, sparse_patch_embed
+from timm_collapse.collapse.selection import Carrier, Selection, sparse_patch_embed
 
 TINY = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 RANKER = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1, "rank": 8, "phases": (0.0, 0.25)}
@@ -84,7 +84,7 @@ def test_copies_and_pickles_give_the_same_logits_and_are_independent():
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
     for other in copies:
         assert type(other) is type(model) and torch.equal(other(IMAGES), logits)
-        assert other.selection is other.patch_embed.selection is not model.selection
+        assert other.carrier is other.patch_embed.carrier is not model.carrier
         other.keep = 1
     assert model.keep == 0.3 and torch.equal(model(IMAGES), logits)
 
@@ -176,13 +176,14 @@ def test_tokens_never_exceed_the_budget(remainder, share):
 
 def test_sparse_embedding_equals_the_dense_one_at_kept_patches():
     for size, kwargs in (((32, 48), {}), ((37, 50), {}), ((32, 48), {"flatten": False, "output_fmt": "NHWC"})):
-        embed, selection = timm.layers.PatchEmbed(size, 8, 3, 16, norm_layer=nn.LayerNorm, **kwargs), Selection()
+        embed, carrier = timm.layers.PatchEmbed(size, 8, 3, 16, norm_layer=nn.LayerNorm, **kwargs), Carrier()
         images = torch.randn(2, 3, *size)
         dense = embed(images).reshape(2, 24, 16)
-        assert sparse_patch_embed(embed, selection)
+        assert sparse_patch_embed(embed, carrier)
         assert torch.equal(embed(images).reshape(2, 24, 16), dense)
-        selection.kept = torch.stack([torch.randperm(24)[:7].sort().values for _ in range(2)])
-        sparse, index = embed(images).reshape(2, 24, 16), selection.kept.unsqueeze(-1).expand(-1, -1, 16)
+        kept = torch.stack([torch.randperm(24)[:7].sort().values for _ in range(2)])
+        sparse = carrier.run(Selection(kept, (4, 6)), embed, images).reshape(2, 24, 16)
+        index = kept.unsqueeze(-1).expand(-1, -1, 16)
         assert torch.allclose(sparse.gather(1, index), dense.gather(1, index), atol=1e-6)
         assert (sparse.scatter(1, index, 0.0) == 0).all()
 
@@ -239,13 +240,11 @@ def test_fused_token_is_the_mean_of_the_dropped_tokens(name):
     collapse(model, "bayer", keep=6, remainder="fused")
     tokens = model._embed_patches(IMAGES) + model._patch_positions((4, 4))
     order = order_of()
-    model._select(IMAGES, order)
+    selection = model.select(IMAGES, order)
     for i, kept in enumerate(order.keep(5).tolist()):
         dropped = [n for n in range(16) if n not in kept]
-        assert torch.allclose(
-            model.selection.extra[i, 0], torch.stack([tokens[i, n] for n in dropped]).mean(0), atol=1e-5
-        )
-    assert model.selection.places.tolist() == [[10]]
+        assert torch.allclose(selection.extra[i, 0], torch.stack([tokens[i, n] for n in dropped]).mean(0), atol=1e-5)
+    assert selection.places.tolist() == [[10]]
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224"])
@@ -256,6 +255,6 @@ def test_coarse_tokens_embed_the_downscaled_image_with_mean_positions(name):
     small = F.interpolate(IMAGES, (32, 32), mode="bilinear", antialias=True)
     embedded = model.patch_embed.proj(small).flatten(2).mT
     positions = F.avg_pool2d(model.pos_embed[:, 1:].mT.reshape(1, -1, 4, 4), 2).flatten(2).mT
-    model._select(IMAGES, order_of())
-    assert model.selection.kept.shape == (2, 4) and model.selection.extra.shape == (2, 4, 32)
-    assert torch.allclose(model.selection.extra, embedded + positions, atol=1e-5)
+    selection = model.select(IMAGES, order_of())
+    assert selection.kept.shape == (2, 4) and selection.extra.shape == (2, 4, 32)
+    assert torch.allclose(selection.extra, embedded + positions, atol=1e-5)

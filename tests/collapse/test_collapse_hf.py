@@ -268,7 +268,7 @@ def test_wrong_inputs_are_named():
         (lambda: dino(images, bool_masked_pos=masked, order=order), "bool_masked_pos"),
         (lambda: vit(images, attention_mask=torch.ones(2, 17)), "attention_mask"),
         (lambda: vit(torch.randn(2, 3, 40, 40)), "image_size"),
-        (lambda: dino(torch.randn(2, 3, 33, 32)), "multiples of the patch"),
+        (lambda: dino(torch.randn(2, 3, 7, 32)), "at least one patch"),
         (lambda: vit(), "pixel_values"),
         (lambda: setattr(vit, "keep", 0), "keep"),
     ):

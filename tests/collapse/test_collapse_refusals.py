@@ -128,7 +128,7 @@ def test_wrong_arguments_name_what_was_given():
     for call, message in cases:
         with pytest.raises(CollapseError, match=message):
             call()
-    assert model.selection.kept is None and model(IMAGES).shape == (2, 5)  # as before
+    assert model.carrier.selection is None and model(IMAGES).shape == (2, 5)  # as before
     dynamic = collapse(vit(dynamic_img_size=True), "bayer", keep=0.5)
     with pytest.raises(CollapseError, match="multiples"):
         dynamic(torch.randn(1, 3, 60, 64))

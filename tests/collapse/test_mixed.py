@@ -90,17 +90,17 @@ def test_tokens_are_patches_of_smaller_images(name):
     nn.init.normal_(model.pos_embed)
     collapse(model, "bayer", keep=64, remainder="mixed")
     images, order = torch.randn(2, 3, 64, 64), Order(torch.rand(2, 256), (16, 16))
-    model._select(images, order)
+    selection = model.select(images, order)
     kept, *leaves = choose_leaves(order, [(16, 16), (8, 8), (4, 4)], [8, 8])
-    assert torch.equal(model.selection.kept, kept) and kept.shape == (2, 32)
+    assert torch.equal(selection.kept, kept) and kept.shape == (2, 32)
     expected = []
     for level, cells in enumerate(leaves, 1):
         small = F.interpolate(images, scale_factor=0.5**level, mode="bilinear", antialias=True)
         positions = F.avg_pool2d(model.pos_embed[:, 1:].mT.reshape(1, -1, 16, 16), 2**level)
         tokens = (model.patch_embed.proj(small) + positions).flatten(2).mT
         expected.append(torch.stack([tokens[image, cells[image]] for image in range(2)]))
-    assert torch.allclose(model.selection.extra, torch.cat(expected, 1), atol=1e-5)
-    rows, columns = model.selection.places // 16, model.selection.places % 16
+    assert torch.allclose(selection.extra, torch.cat(expected, 1), atol=1e-5)
+    rows, columns = selection.places // 16, selection.places % 16
     first = leaves[0].shape[1]
     assert torch.equal(rows[:, :first] // 2 * 8 + columns[:, :first] // 2, leaves[0])
     assert torch.equal(rows[:, first:] // 4 * 4 + columns[:, first:] // 4, leaves[1])

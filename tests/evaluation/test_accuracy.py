@@ -26,7 +26,7 @@ class Known(torch.nn.Module):
         super().__init__()
         self.keep, self.orderer, self.normalisation, self.orders = 0.5, orderer or SimpleNamespace(), None, []
 
-    def _image_grid(self, images):
+    def image_grid(self, images):
         return (1, 10)
 
     def compute_order(self, images, upto=None):

@@ -92,10 +92,10 @@ class OnePatchMatters:
     def modules(self):
         return iter(())
 
-    def _image_grid(self, images):
+    def image_grid(self, images):
         return (4, 4)
 
-    def _plan(self, budget, grid):
+    def plan(self, budget, grid):
         return Prefix(budget, grid, (8, 8))
 
     def __call__(self, images, order=None):

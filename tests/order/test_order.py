@@ -271,7 +271,8 @@ def test_check_images_names_the_image():
         check_images(images)
     with pytest.raises(CollapseError, match="uint8.*normalise"):
         check_images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    for shape in [(3, 8, 8), (1, 1, 8, 8), (0, 3, 8, 8), (1, 3, 0, 8)]:
+    check_images(torch.rand(0, 3, 8, 8))  # a batch of no images is a batch, as everywhere in torch
+    for shape in [(3, 8, 8), (1, 1, 8, 8), (1, 3, 8, 0), (1, 3, 0, 8)]:
         with pytest.raises(CollapseError, match="images .*got a float32 tensor") as error:
             check_images(torch.rand(shape))
         assert str(shape) in str(error.value)

@@ -6,7 +6,7 @@ A model is collapsed in place by `collapse`: its `__class__` becomes a subclass 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from numbers import Real
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..models.normalisation import Normalisation
 from ..order import CollapseError, Order, check_keep, resolve_keep
 from ..order.errors import describe
 from .remainder import REMAINDERS, Prefix, plan_remainder
-from .selection import Selection, fit_images
+from .selection import Carrier, Selection, fit_images
 
 
 class Collapsed:
@@ -39,7 +39,7 @@ class Collapsed:
 
     def _setup(self, orderer: nn.Module, keep: float | int, remainder: str, coarse_share: float, mean, std) -> None:
         self.remainder, self.coarse_share = remainder, coarse_share
-        self.selection = Selection()
+        self.carrier = Carrier()
         self.orderer = orderer
         self.normalisation = Normalisation(mean, std)
         self.keep = keep
@@ -88,7 +88,7 @@ class Collapsed:
 
     # -- selection ---------------------------------------------------------------------------------------------------
 
-    def _image_grid(self, x: Tensor) -> tuple[int, int]:
+    def image_grid(self, images: Tensor) -> tuple[int, int]:
         """Patch grid (h, w) of a batch of images; raises CollapseError for a size that the model does not take."""
         raise NotImplementedError
 
@@ -103,37 +103,60 @@ class Collapsed:
         """(1, N, D): what is added to the patch embeddings of a grid; None: nothing is."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def compute_order(self, images: Tensor, upto: int | None = None, grid: tuple[int, int] | None = None) -> Order:
-        """The order of the patches of images (B, 3, H, W) in this model's normalisation, on its own grid or another."""
-        own = self._image_grid(images)
-        images = fit_images(images, own, self._patch_size())
-        images = self.normalisation.to(Normalisation.of(self.orderer), images)
-        return self.orderer(images, grid=grid or own, upto=upto)
+        """The order of the patches of images (B, C, H, W) in this model's normalisation, on its own grid or another.
 
-    def _select(self, x: Tensor, order: Order | None) -> None:
-        """Fill the selection for a batch of images; leaves it empty where all patches are kept."""
-        self.selection.clear()
+        Args:
+            images: As the model gets them.
+            upto: Only so many first places are needed, see `CollapseOrder`.
+            grid: Patch grid (h, w) of the result; None takes the model's for these images.
+
+        Raises:
+            CollapseError: As `CollapseOrder.forward`; images of another size than the model's.
+        """
+        own = self.image_grid(images)
+        return self._order(fit_images(images, own, self._patch_size()), grid or own, upto, check=True)
+
+    @torch.no_grad()
+    def _order(self, images: Tensor, grid: tuple[int, int], upto: int | None, check: bool = False) -> Order:
+        """The order of fitted images; without `check` no value is read back from a GPU."""
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        images = self.normalisation.to(Normalisation.of(self.orderer), images)
+        return self.orderer(images, grid=grid, upto=upto, check=check)
+
+    def select(self, images: Tensor, order: Order | None = None) -> Selection | None:
+        """What becomes of the patches of a batch of images, decided once a forward pass.
+
+        Args:
+            images: (B, C, H, W), as the model gets them.
+            order: Of their patches; None asks the orderer, where one is needed.
+
+        Returns:
+            The selection, for the parts of the model; None where all patches are kept.
+
+        Raises:
+            CollapseError: An order of another batch or grid, images of another size, or a budget that they do not have.
+        """
         if self._keep == 1.0 and order is None:
-            return
-        grid = self._image_grid(x)
+            return None
+        grid, patch_size = self.image_grid(images), self._patch_size()
         if order is not None:
-            check_order(order, len(x), grid)
-        num_patches = grid[0] * grid[1]
-        budget = resolve_keep(self._keep, num_patches)
-        if budget == num_patches:
-            return
-        plan = self._plan(budget, grid)
+            check_order(order, images.shape[0], grid)
+        budget = resolve_keep(self._keep, grid[0] * grid[1])
+        if budget == grid[0] * grid[1]:
+            return None
+        plan = self.plan(budget, grid)
+        images = fit_images(images, grid, patch_size)
         if plan.places == 0:
             order = None
+        elif order is None:
+            order = self._order(images, grid, plan.places)
         else:
-            order = self.compute_order(x, upto=plan.places) if order is None else order.to(x.device)
-        self.selection.grid = grid
-        images = fit_images(x, grid, self._patch_size())
-        plan.fill(self.selection, order, images, self._embed_patches, lambda: self._patch_positions(grid))
+            order = order.to(images.device)
+        return plan.select(order, images, self._embed_patches, partial(self._patch_positions, grid))
 
-    def _plan(self, budget: int, grid: tuple[int, int]) -> Prefix:
-        """What the tokens of a budget are."""
+    def plan(self, budget: int, grid: tuple[int, int]) -> Prefix:
+        """What the tokens of a budget are, on a grid of patches (h, w)."""
         return plan_remainder(self.remainder, budget, grid, self._patch_size(), self.coarse_share)
 
     # -- nn.Module ---------------------------------------------------------------------------------------------------
@@ -174,8 +197,8 @@ def check_order(order: Order, batch: int, grid: tuple[int, int]) -> None:
         raise CollapseError(f"order must be an Order, got {describe(order)}")
     if order.grid != grid:
         raise CollapseError(f"order must be on the model's grid {grid}, got one on {order.grid}; see Order.resample")
-    if len(order) != batch:
-        raise CollapseError(f"order must be of the {batch} images of the batch, got one of {len(order)} images")
+    if (given := order.scores.shape[0]) != batch:
+        raise CollapseError(f"order must be of the {batch} images of the batch, got one of {given} images")
 
 
 @cache

@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..order.constants import constant
+
 
 @lru_cache(maxsize=256)
 def coarse_grid(budget: int, grid: tuple[int, int]) -> tuple[int, int] | None:
@@ -36,7 +38,10 @@ def axis_weights(new: int, old: int) -> Tensor:
 
 def mean_of_cells(values: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """Means over the cells, by area: (B, N, D) -> (B, c, D)."""
-    rows, columns = (axis_weights(new, old).to(values) for new, old in zip(cells, grid, strict=True))
+    rows, columns = (
+        constant(axis_weights, new, old, device=values.device).to(values.dtype)
+        for new, old in zip(cells, grid, strict=True)
+    )
     values = torch.einsum("ah,nhwd->nawd", rows, values.unflatten(1, grid))
     return torch.einsum("bw,nawd->nabd", columns, values).flatten(1, 2)
 

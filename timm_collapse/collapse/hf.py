@@ -11,11 +11,10 @@ import inspect
 
 from torch import Tensor, nn
 
-from ..models.transformer import scatter_tokens
 from ..order import CollapseError, Order
 from ..order.errors import describe
 from .base import Collapsed, collapsed_class
-from .selection import embed_kept
+from .selection import embed_kept, spread_kept
 
 TRUNKS = ("vit", "dinov2", "dinov2_with_registers", "vision_model", "perceiver")
 """Attributes under which a model with a head holds the model that embeds the patches."""
@@ -46,29 +45,29 @@ class KeepTokens(Part):
     """Embeddings that return the tokens of the kept patches, then the remainder's."""
 
     def forward(self, *args, **kwargs) -> Tensor:
-        return self.selection.apply(super().forward(*args, **kwargs), self.num_prefix_tokens)
+        tokens, selection = super().forward(*args, **kwargs), self.carrier.selection
+        return tokens if selection is None else selection.apply(tokens, self.num_prefix_tokens)
 
 
 class KeepRotary(Part):
     """A rotary table, (N, d), with the rows of each image's tokens, (B, 1, k + r, d)."""
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        cos, sin = super().forward(*args, **kwargs)
-        places = self.selection.positions()
-        return (cos, sin) if places is None else (cos[places].unsqueeze(1), sin[places].unsqueeze(1))
+        (cos, sin), selection = super().forward(*args, **kwargs), self.carrier.selection
+        if selection is None:
+            return cos, sin
+        places = selection.positions()
+        return cos[places].unsqueeze(1), sin[places].unsqueeze(1)
 
 
 class SparseConv(Part):
     """A patch embedding that computes only the kept patches and leaves zeros in the places of the others."""
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = self.selection.kept
-        if kept is None:
+        selection = self.carrier.selection
+        if selection is None:
             return super().forward(x)
-        grid = (x.shape[-2] // self.stride[0], x.shape[-1] // self.stride[1])
-        tokens = embed_kept(self, x, kept)
-        tokens = scatter_tokens(tokens, kept, tokens.new_zeros(len(x), grid[0] * grid[1], tokens.shape[-1]))
-        return tokens.mT.unflatten(2, grid)
+        return spread_kept(embed_kept(self, x, selection), selection).mT.unflatten(2, selection.grid)
 
 
 class CollapsedHf(Collapsed):
@@ -80,7 +79,6 @@ class CollapsedHf(Collapsed):
     """
 
     any_size = False
-    _interpolate = True  # of this forward pass; outside of one, images of any size have an order
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -98,7 +96,7 @@ class CollapsedHf(Collapsed):
             self._attach_part(SparseConv, conv)
 
     def _attach_part(self, part: type[Part], module: nn.Module) -> None:
-        module.selection = self.selection
+        module.carrier = self.carrier
         if not isinstance(module, part):
             module.__class__ = collapsed_class(part, type(module))
 
@@ -112,21 +110,27 @@ class CollapsedHf(Collapsed):
         embeddings = self._embeddings()
         return int(hasattr(embeddings, "cls_token") or hasattr(embeddings, "class_embedding"))
 
-    def _image_grid(self, x: Tensor) -> tuple[int, int]:
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            raise CollapseError(f"pixel_values must be a tensor of shape (B, C, H, W), got {describe(x)}")
-        size, patch = tuple(x.shape[-2:]), self._patch_size()
-        if not self.any_size and not self._interpolate:
-            own = trunk(self).config.image_size
-            own = (own, own) if isinstance(own, int) else tuple(own)
-            if size != own:
-                raise CollapseError(
-                    f"pixel_values must be {own} pixels, the model's image_size, got {size}; "
-                    "interpolate_pos_encoding=True lifts it"
-                )
-        if size[0] % patch[0] or size[1] % patch[1]:
-            raise CollapseError(f"pixel_values must have sides that are multiples of the patch {patch}, got {size}")
-        return size[0] // patch[0], size[1] // patch[1]
+    def image_grid(self, images: Tensor) -> tuple[int, int]:
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise CollapseError(f"pixel_values must be a tensor of shape (B, C, H, W), got {describe(images)}")
+        size, patch = tuple(images.shape[-2:]), self._patch_size()
+        grid = size[0] // patch[0], size[1] // patch[1]  # what is over at the right and at the bottom is not seen
+        if min(grid) < 1:
+            raise CollapseError(f"pixel_values must have at least one patch of {patch} pixels, got {size}")
+        return grid
+
+    def _own_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model's positions are made for."""
+        own = trunk(self).config.image_size
+        return (own, own) if isinstance(own, int) else tuple(own)
+
+    def _refuse_size(self, images: Tensor, interpolate: bool) -> None:
+        own, size = self._own_size(), tuple(images.shape[-2:])
+        if not self.any_size and not interpolate and size != own:
+            raise CollapseError(
+                f"pixel_values must be {own} pixels, the model's image_size, got {size}; "
+                "interpolate_pos_encoding=True lifts it"
+            )
 
     def _patch_size(self) -> tuple[int, int]:
         return tuple(self._conv().stride)
@@ -141,18 +145,11 @@ class CollapsedHf(Collapsed):
         positions = getattr(embeddings, "position_embeddings", None)
         if positions is None:
             positions = embeddings.position_embedding.weight.unsqueeze(0)
-        if self.any_size or self._interpolate:
+        if grid != tuple(side // patch for side, patch in zip(self._own_size(), (p, q))):
             # the method looks only at the shape of the tokens
             tokens = positions.new_empty(1, grid[0] * grid[1] + classes, positions.shape[-1])
             positions = embeddings.interpolate_pos_encoding(tokens, grid[0] * p, grid[1] * q)
         return positions[:, classes:]
-
-    def compute_order(self, images: Tensor, upto: int | None = None, grid: tuple[int, int] | None = None) -> Order:
-        """As `Collapsed`'s; images may have another precision than the orderer, as for the model itself."""
-        weight = next(self.orderer.parameters(), None)
-        if weight is not None and isinstance(images, Tensor) and images.is_floating_point():
-            images = images.to(weight.dtype)
-        return super().compute_order(images, upto, grid)
 
     def _argument(self, name: str, args: tuple, kwargs: dict):
         place = self._argument_names.index(name) if name in self._argument_names else len(args)
@@ -165,21 +162,18 @@ class CollapsedHf(Collapsed):
             CollapseError: An order of another batch or grid, or, while patches are dropped, images of another size,
                 `bool_masked_pos` or `attention_mask`.
         """
-        self._interpolate = bool(self._argument("interpolate_pos_encoding", args, kwargs))
-        try:
-            self._select(self._argument("pixel_values", args, kwargs), order)
-            if self.selection.kept is not None:
-                for name in ("bool_masked_pos", "attention_mask"):
-                    value = self._argument(name, args, kwargs)
-                    if value is not None:
-                        raise CollapseError(
-                            f"{name} must be None while patches are dropped (keep={self.keep}): it is laid out for "
-                            f"all patches, got {describe(value)}"
-                        )
-            return super().forward(*args, **kwargs)
-        finally:
-            self.selection.clear()
-            self._interpolate = True
+        images = self._argument("pixel_values", args, kwargs)
+        selection = self.select(images, order)
+        if selection is not None:
+            self._refuse_size(images, bool(self._argument("interpolate_pos_encoding", args, kwargs)))
+            for name in ("bool_masked_pos", "attention_mask"):
+                value = self._argument(name, args, kwargs)
+                if value is not None:
+                    raise CollapseError(
+                        f"{name} must be None while patches are dropped (keep={self.keep}): it is laid out for all "
+                        f"patches, got {describe(value)}"
+                    )
+        return self.carrier.run(selection, super().forward, *args, **kwargs)
 
 
 class CollapsedDinov2(CollapsedHf):

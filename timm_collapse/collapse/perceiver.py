@@ -17,9 +17,9 @@ class KeepInputs(Part):
 
     def forward(self, *args, **kwargs):
         inputs, sizes, without_positions = super().forward(*args, **kwargs)
-        kept = self.selection.kept
-        if kept is not None:
-            inputs, without_positions = gather_tokens(inputs, kept), gather_tokens(without_positions, kept)
+        selection = self.carrier.selection
+        if selection is not None:
+            inputs, without_positions = (gather_tokens(x, selection.kept) for x in (inputs, without_positions))
         return inputs, sizes, without_positions
 
 

@@ -65,7 +65,7 @@ def choose_leaves(order: Order, shapes: Sequence[tuple[int, int]], splits: Seque
     Returns:
         For each level, finest first, (B, n) long, ascending.
     """
-    candidates = torch.ones(len(order), _size(shapes[-1]), dtype=torch.bool, device=order.scores.device)
+    candidates = torch.ones(order.scores.shape[0], _size(shapes[-1]), dtype=torch.bool, device=order.scores.device)
     leaves, count = [], _size(shapes[-1])
     for shape, split in zip(shapes[:0:-1], splits[::-1], strict=True):
         ranks = order.resample(shape).ranks.masked_fill(~candidates, _size(shape))
@@ -84,11 +84,11 @@ def cover_of_leaves(leaves: Sequence[Tensor], shapes: Sequence[tuple[int, int]])
         leaves: (B, n) of level 1 and up, from `choose_leaves`.
         shapes: Of all levels. Patches that are leaves themselves get 0.
     """
-    cover = leaves[0].new_zeros(len(leaves[0]), _size(shapes[0]))
+    cover = leaves[0].new_zeros(leaves[0].shape[0], _size(shapes[0]))
     start = 0
     for level, leaf in enumerate(leaves, 1):
         numbers = torch.arange(start + 1, start + 1 + leaf.shape[1], device=leaf.device).expand_as(leaf)
-        cells = leaf.new_zeros(len(leaf), _size(shapes[level])).scatter(1, leaf, numbers)
+        cells = leaf.new_zeros(leaf.shape[0], _size(shapes[level])).scatter(1, leaf, numbers)
         for shape in shapes[level:0:-1]:
             cells = _halved(cells, shape)
         cover = cover + cells

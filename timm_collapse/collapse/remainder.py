@@ -6,6 +6,7 @@ A plan says, for one token budget, how much of the order counts and which tokens
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..models.tokenizer import resize_images
 from ..models.transformer import gather_tokens
 from ..order import Order
+from ..order.constants import constant
 from .cells import cell_centres, cell_of_patches, coarse_grid, mean_of_cells
 from .pyramid import choose_leaves, cover_of_leaves, plan_splits, pyramid_shapes
 from .selection import Selection
@@ -40,20 +42,18 @@ class Prefix:
     def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int]):
         self.places, self.grid, self.patch_size = budget, grid, patch_size
 
-    def fill(self, selection: Selection, order: Order | None, images: Tensor, embed: Embed, positions: Positions):
-        """Say in `selection` what a batch of images becomes.
+    def select(self, order: Order | None, images: Tensor, embed: Embed, positions: Positions) -> Selection:
+        """What a batch of images becomes.
 
         Args:
-            selection: To be filled.
             order: Of the images; None where `places` is 0.
             images: (B, C, h p, w q).
             embed: Patch embedding, without positions.
             positions: Position embedding.
         """
         if order is None:
-            selection.kept = torch.empty(len(images), 0, dtype=torch.long, device=images.device)
-        else:
-            selection.kept = order.first(self.places)
+            return Selection(torch.empty(images.shape[0], 0, dtype=torch.long, device=images.device), self.grid)
+        return Selection(order.first(self.places), self.grid)
 
 
 class Fused(Prefix):
@@ -64,16 +64,15 @@ class Fused(Prefix):
         self.fuses = budget > 1
         self.places -= self.fuses
 
-    def fill(self, selection: Selection, order: Order | None, images: Tensor, embed: Embed, positions: Positions):
-        super().fill(selection, order, images, embed, positions)
+    def select(self, order: Order | None, images: Tensor, embed: Embed, positions: Positions) -> Selection:
+        first = super().select(order, images, embed, positions)
         if not self.fuses:
-            return
-        tokens = embed(mean_dropped_patch(images, selection.kept, self.grid, self.patch_size))
+            return first
+        tokens = embed(mean_dropped_patch(images, first.kept, self.grid, self.patch_size))
         if (added := positions()) is not None:
-            weights = dropped_weights(selection.kept, self.grid[0] * self.grid[1], tokens.dtype).unsqueeze(1)
+            weights = dropped_weights(first.kept, self.grid[0] * self.grid[1], tokens.dtype).unsqueeze(1)
             tokens = tokens + weights @ added.to(tokens.dtype)
-        selection.extra = tokens
-        set_cells(selection, self.grid, (1, 1), images.device)
+        return with_cells(first, tokens, (1, 1))
 
 
 class Coarse(Prefix):
@@ -85,12 +84,12 @@ class Coarse(Prefix):
         if self.cells is not None:
             self.places = 0 if share == 1 else budget - self.cells[0] * self.cells[1]
 
-    def fill(self, selection: Selection, order: Order | None, images: Tensor, embed: Embed, positions: Positions):
-        super().fill(selection, order, images, embed, positions)
+    def select(self, order: Order | None, images: Tensor, embed: Embed, positions: Positions) -> Selection:
+        first = super().select(order, images, embed, positions)
         if self.cells is None:
-            return
-        selection.extra = coarse_tokens(images, self.grid, self.cells, self.patch_size, embed, positions())
-        set_cells(selection, self.grid, self.cells, images.device)
+            return first
+        tokens = coarse_tokens(images, self.grid, self.cells, self.patch_size, embed, positions())
+        return with_cells(first, tokens, self.cells)
 
 
 class Mixed(Prefix):
@@ -102,17 +101,18 @@ class Mixed(Prefix):
         self.splits = plan_splits(budget, self.shapes)
         self.places = grid[0] * grid[1] if self.splits[-1] else 0  # cells go by the mean rank of all their patches
 
-    def fill(self, selection: Selection, order: Order | None, images: Tensor, embed: Embed, positions: Positions):
+    def select(self, order: Order | None, images: Tensor, embed: Embed, positions: Positions) -> Selection:
         if order is None:  # nothing is split
-            order = Order(torch.zeros(len(images), self.grid[0] * self.grid[1], device=images.device), self.grid)
-        selection.kept, *leaves = choose_leaves(order, self.shapes, self.splits)
+            scores = torch.zeros(images.shape[0], self.grid[0] * self.grid[1], device=images.device)
+            order = Order.unchecked(scores, self.grid)
+        kept, *leaves = choose_leaves(order, self.shapes, self.splits)
         extra, places, added = [], [], positions()
         for shape, leaf in zip(self.shapes[1:], leaves):
             tokens = coarse_tokens(images, self.grid, shape, self.patch_size, embed, added)
             extra.append(gather_tokens(tokens, leaf))
-            places.append(cell_centres(self.grid, shape).to(images.device)[0][leaf])
-        selection.extra, selection.places = torch.cat(extra, 1), torch.cat(places, 1)
-        selection.cover = lambda: cover_of_leaves(leaves, self.shapes)
+            places.append(constant(cell_centres, self.grid, shape, device=images.device)[0][leaf])
+        cover = partial(cover_of_leaves, leaves, self.shapes)
+        return Selection(kept, self.grid, torch.cat(extra, 1), torch.cat(places, 1), cover)
 
 
 def plan_remainder(
@@ -141,10 +141,12 @@ def coarse_tokens(
     return tokens if positions is None else tokens + mean_of_cells(positions.to(tokens.dtype), grid, cells)
 
 
-def set_cells(selection: Selection, grid: tuple[int, int], cells: tuple[int, int], device: torch.device) -> None:
-    """Say that the extra tokens are the cells of a coarse grid."""
-    selection.places = cell_centres(grid, cells).to(device)
-    selection.cover = lambda: cell_of_patches(grid, cells).to(device)
+def with_cells(first: Selection, tokens: Tensor, cells: tuple[int, int]) -> Selection:
+    """A selection whose extra tokens are the cells of a coarse grid."""
+    device = first.kept.device
+    places = constant(cell_centres, first.grid, cells, device=device)
+    cover = partial(constant, cell_of_patches, first.grid, cells, device=device)
+    return first._replace(extra=tokens, places=places, cover=cover)
 
 
 def mean_dropped_patch(images: Tensor, kept: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
@@ -157,5 +159,5 @@ def mean_dropped_patch(images: Tensor, kept: Tensor, grid: tuple[int, int], patc
 
 def dropped_weights(kept: Tensor, num_patches: int, dtype: torch.dtype) -> Tensor:
     """(B, N): 1 / (N - k) for dropped patches, 0 for kept ones."""
-    ones = torch.ones(len(kept), num_patches, dtype=dtype, device=kept.device)
+    ones = torch.ones(kept.shape[0], num_patches, dtype=dtype, device=kept.device)
     return ones.scatter(1, kept, 0.0) / (num_patches - kept.shape[1])

@@ -1,11 +1,13 @@
-"""What a collapsed ViT does to its tokens: embeds and keeps the selected patches, appends what stands for the others.
+"""The patches of one forward pass, and how the parts of a collapsed model come to know of them.
 
-Nothing here knows of a model family; `Selection` is the state of one forward pass that the parts share.
+Nothing here knows of a model family.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Format, PatchEmbed
@@ -14,69 +16,102 @@ from torch import Tensor, nn
 from ..models.transformer import gather_tokens, scatter_tokens
 
 
-class Selection:
-    """The patches of one forward pass; empty outside of it.
+class Selection(NamedTuple):
+    """What becomes of the patches of a batch of images; made once a forward pass, by `Collapsed.select`."""
 
-    Attributes:
-        kept: (B, k) long, the numbers of the kept patches, ascending; None: all are.
-        extra: (B, r, D): tokens that stand for the remainder, appended to the kept ones; None: there are none.
-        places: (1 or B, r) long: the patch at the centre of what each extra token stands for (its rotary position).
-        grid: Patches (h, w) of the images.
-        cover: Gives (1 or B, N) long, the extra token that stands for each patch, where it is dropped.
-    """
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self) -> None:
-        self.kept: Tensor | None = None
-        self.grid: tuple[int, int] | None = None
-        self.extra: Tensor | None = None
-        self.places: Tensor | None = None
-        self.cover: Callable[[], Tensor] | None = None
+    kept: Tensor
+    """(B, k) long: the numbers of the kept patches, ascending."""
+    grid: tuple[int, int]
+    """Patches (h, w) of the images."""
+    extra: Tensor | None = None
+    """(B, r, D): tokens that stand for the remainder, appended to the kept ones; None: there are none."""
+    places: Tensor | None = None
+    """(1 or B, r) long: the patch at the centre of what each extra token stands for (its rotary position)."""
+    cover: Callable[[], Tensor] | None = None
+    """Gives (1 or B, N) long, the extra token that stands for each patch, where it is dropped."""
 
     def apply(self, x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
-        """(B, prefix + N, D) -> (B, prefix + k + r, D); the identity where all patches are kept."""
-        if self.kept is None:
-            return x
+        """(B, prefix + N, D) -> (B, prefix + k + r, D)."""
         parts = [x[:, :num_prefix_tokens], gather_tokens(x[:, num_prefix_tokens:], self.kept)]
-        if self.extra is not None:
-            parts.append(self.extra.to(x.dtype))
-        return torch.cat(parts, 1)
+        return self.append_extra(torch.cat(parts, 1))
 
-    def positions(self) -> Tensor | None:
+    def append_extra(self, x: Tensor) -> Tensor:
+        """(B, prefix + k, D) -> (B, prefix + k + r, D)."""
+        return x if self.extra is None else torch.cat([x, self.extra.to(x.dtype)], 1)
+
+    def positions(self) -> Tensor:
         """(B, k + r) long: the patch whose rotary position each token has."""
-        if self.kept is None or self.places is None:
+        if self.places is None:
             return self.kept
-        return torch.cat([self.kept, self.places.expand(len(self.kept), -1)], 1)
+        return torch.cat([self.kept, self.places.expand(self.kept.shape[0], -1)], 1)
+
+
+class Carrier(threading.local):
+    """Brings the selection from a model's forward method to the parts inside that drop tokens.
+
+    timm and transformers call these parts with the images or tokens alone, through methods that are not ours, so the
+    selection cannot be their argument in every family. A thread-local attribute is the one way that holds everywhere:
+
+    - each thread has its own, and a nested or failed pass restores the outer one;
+    - `torch.compile` (fullgraph) traces reading and setting it, which it refuses for a `ContextVar`;
+    - `torch.export` and `torch.jit.trace` run it as it is;
+    - blocks that are recomputed in the backward pass need none: all that they use comes in their arguments.
+
+    A model and its parts share one; a copy of the model has its own.
+
+    Attributes:
+        selection: That of this thread's forward pass (in Beit's attention: the index of its tokens); None outside of
+            one, and where all patches are kept.
+    """
+
+    selection: Selection | Tensor | None = None
+
+    def run(self, selection: Selection | Tensor | None, function: Callable, *args, **kwargs) -> Any:
+        """Call a function; while it runs, the parts see the selection."""
+        outer, self.selection = self.selection, selection
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.selection = outer
+
+    def __reduce__(self):
+        return Carrier, ()
 
 
 class KeepPatches(nn.Module):
     """Takes the place of timm's `patch_drop`: keeps the selected patches and appends the extra tokens.
 
     Args:
-        selection: Shared with the model.
+        carrier: The model's.
         num_prefix_tokens: Leading tokens that are always kept.
         with_positions: Also return the positions, as `Eva` expects.
     """
 
-    def __init__(self, selection: Selection, num_prefix_tokens: int, with_positions: bool = False):
+    def __init__(self, carrier: Carrier, num_prefix_tokens: int, with_positions: bool = False):
         super().__init__()
-        self.selection, self.num_prefix_tokens, self.with_positions = selection, num_prefix_tokens, with_positions
+        self.carrier, self.num_prefix_tokens, self.with_positions = carrier, num_prefix_tokens, with_positions
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
-        kept = self.selection.apply(x, self.num_prefix_tokens)
-        return (kept, self.selection.positions()) if self.with_positions else kept
+        selection = self.carrier.selection
+        if selection is None:
+            return (x, None) if self.with_positions else x
+        x = selection.apply(x, self.num_prefix_tokens)
+        return (x, selection.positions()) if self.with_positions else x
 
 
-def embed_kept(conv: nn.Conv2d, images: Tensor, kept: Tensor) -> Tensor:
-    """What a strided convolution without padding gives for some patches, (B, k, D): the others are never read."""
-    (b, c, height, width), (p, q) = images.shape, conv.stride
-    h, w = height // p, width // q
+def embed_kept(conv: nn.Conv2d, images: Tensor, selection: Selection) -> Tensor:
+    """What a strided convolution without padding gives for the kept patches, (B, k, D): the others are never read."""
+    (b, c), (p, q), (h, w) = images.shape[:2], conv.stride, selection.grid
     patches = images[..., : h * p, : w * q].reshape(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
     rows = torch.arange(b, device=images.device).unsqueeze(1)
-    patches = patches[rows, kept // w, kept % w].flatten(2)  # (B, k, C p q)
+    patches = patches[rows, selection.kept // w, selection.kept % w].flatten(2)  # (B, k, C p q)
     return nn.functional.linear(patches, conv.weight.flatten(1), conv.bias)
+
+
+def spread_kept(tokens: Tensor, selection: Selection) -> Tensor:
+    """Tokens of the kept patches (B, k, D) in their places of the whole grid (B, N, D), zeros in the others."""
+    h, w = selection.grid
+    return scatter_tokens(tokens, selection.kept, tokens.new_zeros(tokens.shape[0], h * w, tokens.shape[-1]))
 
 
 class SparsePatchEmbed(PatchEmbed):
@@ -86,22 +121,21 @@ class SparsePatchEmbed(PatchEmbed):
     all that it returns, (B, k, D); else the others are zeros in their places.
     """
 
-    selection: Selection
+    carrier: Carrier
     compact: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = self.selection.kept
-        if kept is None:
+        selection = self.carrier.selection
+        if selection is None:
             return super().forward(x)
-        tokens = self.norm(embed_kept(self.proj, x, kept))
+        tokens = self.norm(embed_kept(self.proj, x, selection))
         if self.compact:
             return tokens
-        h, w = self.dynamic_feat_size(tuple(x.shape[-2:]))
-        tokens = scatter_tokens(tokens, kept, tokens.new_zeros(len(x), h * w, tokens.shape[-1]))
-        return tokens if self.flatten else tokens.view(len(x), h, w, -1)
+        tokens = spread_kept(tokens, selection)
+        return tokens if self.flatten else tokens.unflatten(1, selection.grid)
 
 
-def sparse_patch_embed(embed: nn.Module, selection: Selection, compact: bool = False) -> bool:
+def sparse_patch_embed(embed: nn.Module, carrier: Carrier, compact: bool = False) -> bool:
     """Make a patch embedding skip dropped patches, in place; returns whether it can.
 
     It can where it is one strided convolution without padding, of tokens in NLC or NHWC layout.
@@ -111,7 +145,7 @@ def sparse_patch_embed(embed: nn.Module, selection: Selection, compact: bool = F
     if not embed.flatten and embed.output_fmt != Format.NHWC:
         return False
     embed.__class__ = SparsePatchEmbed
-    embed.selection, embed.compact = selection, compact
+    embed.carrier, embed.compact = carrier, compact
     return True
 
 

@@ -12,7 +12,7 @@ from ..models.transformer import gather_tokens, scatter_tokens
 from ..order import CollapseError, Order
 from ..order.errors import describe
 from .base import Collapsed
-from .selection import KeepPatches, sparse_patch_embed
+from .selection import KeepPatches, Selection, sparse_patch_embed, spread_kept
 
 
 class CollapsedTimm(Collapsed):
@@ -20,10 +20,10 @@ class CollapsedTimm(Collapsed):
 
     _returns_prefix_tokens = True  # whether forward_intermediates has that argument
 
-    def _image_grid(self, x: Tensor) -> tuple[int, int]:
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            raise CollapseError(f"images must be a tensor of shape (B, C, H, W), got {describe(x)}")
-        embed, size = self.patch_embed, tuple(x.shape[-2:])
+    def image_grid(self, images: Tensor) -> tuple[int, int]:
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise CollapseError(f"images must be a tensor of shape (B, C, H, W), got {describe(images)}")
+        embed, size = self.patch_embed, tuple(images.shape[-2:])
         strict = getattr(embed, "strict_img_size", True)
         if strict and embed.img_size is not None and size != tuple(embed.img_size):
             raise CollapseError(
@@ -34,7 +34,13 @@ class CollapsedTimm(Collapsed):
             return tuple(embed.grid_size)
         if not embed.dynamic_img_pad and any(side % patch for side, patch in zip(size, self._patch_size())):
             raise CollapseError(f"images must have sides that are multiples of {self._patch_size()}, got {size}")
-        return tuple(embed.dynamic_feat_size(size))
+        grid = tuple(embed.dynamic_feat_size(size))
+        if not getattr(self, "dynamic_img_size", False) and grid != tuple(embed.grid_size):
+            raise CollapseError(
+                f"images must have the patch grid of the model's positions, {tuple(embed.grid_size)}, got {grid}; "
+                "set_input_size changes it, dynamic_img_size=True lifts it"
+            )
+        return grid
 
     def _patch_size(self) -> tuple[int, int]:
         return tuple(self.patch_embed.feat_ratio(as_scalar=False))
@@ -63,12 +69,10 @@ class CollapsedTimm(Collapsed):
             CollapseError: An order of another batch or grid, images of another size, or, while patches are dropped,
                 `attn_mask` or `is_causal`.
         """
-        try:
-            self._select(x, order)
+        selection = self.select(x, order)
+        if selection is not None:
             self._refuse_masks(args, kwargs)
-            return super().forward_features(x, *args, **kwargs)
-        finally:
-            self.selection.clear()
+        return self.carrier.run(selection, super().forward_features, x, *args, **kwargs)
 
     def forward_intermediates(
         self,
@@ -88,36 +92,29 @@ class CollapsedTimm(Collapsed):
         Dropped places hold the remainder's token that stands for them, or 0 without a remainder. The final features
         are those of `forward_features`: the kept tokens.
         """
-        try:
-            self._select(x, order)
-            self._refuse_masks((), kwargs)
-            kept, cover = self.selection.kept, self.selection.cover
-            plain = super().forward_intermediates
-            which = (indices, return_prefix_tokens) if self._returns_prefix_tokens else (indices,)
-            if kept is None:
-                return plain(x, *which, norm, stop_early, output_fmt, intermediates_only, *args, **kwargs)
-            if args or kwargs.get("output_dict"):
-                raise CollapseError("output_dict must be False while patches are dropped, got True")
-            if output_fmt not in ("NCHW", "NLC"):
-                raise CollapseError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
-            result = plain(x, *which, norm, stop_early, "NLC", intermediates_only, **kwargs)
-        finally:
-            self.selection.clear()
-        grid = self._image_grid(x)
+        selection, plain = self.select(x, order), super().forward_intermediates
+        which = (indices, return_prefix_tokens) if self._returns_prefix_tokens else (indices,)
+        if selection is None:
+            return plain(x, *which, norm, stop_early, output_fmt, intermediates_only, *args, **kwargs)
+        self._refuse_masks((), kwargs)
+        if args or kwargs.get("output_dict"):
+            raise CollapseError("output_dict must be False while patches are dropped, got True")
+        if output_fmt not in ("NCHW", "NLC"):
+            raise CollapseError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        result = self.carrier.run(selection, plain, x, *which, norm, stop_early, "NLC", intermediates_only, **kwargs)
 
         def dense(entry):
             if isinstance(entry, tuple):
                 return dense(entry[0]), entry[1]
-            entry = to_grid(entry, kept, grid, cover() if cover else None)
-            return entry if output_fmt == "NLC" else entry.mT.reshape(len(entry), -1, *grid)
+            entry = to_grid(entry, selection)
+            return entry if output_fmt == "NLC" else entry.mT.unflatten(2, selection.grid)
 
         if intermediates_only:
             return [dense(entry) for entry in result]
         return result[0], [dense(entry) for entry in result[1]]
 
     def _refuse_masks(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.selection.kept is None:
-            return
+        """Attention masks have no meaning while patches are dropped."""
         attn_mask = kwargs.get("attn_mask", args[0] if args else None)
         is_causal = kwargs.get("is_causal", args[1] if len(args) > 1 else False)
         if attn_mask is not None:
@@ -137,43 +134,41 @@ class CollapsedVit(CollapsedTimm):
     """
 
     def _attach(self) -> None:
-        if sparse_patch_embed(self.patch_embed, self.selection, compact=True):
+        if sparse_patch_embed(self.patch_embed, self.carrier, compact=True):
             self.patch_drop = nn.Identity()
         else:
-            self.patch_drop = KeepPatches(self.selection, self.num_prefix_tokens)
+            self.patch_drop = KeepPatches(self.carrier, self.num_prefix_tokens)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """As timm's, for the kept patches (B, k, D), to which the remainder's tokens are appended."""
-        selection = self.selection
-        if selection.kept is None or not getattr(self.patch_embed, "compact", False):
+        selection = self.carrier.selection
+        if selection is None or not getattr(self.patch_embed, "compact", False):
             return super()._pos_embed(x)
         tokens = (self.cls_token, getattr(self, "reg_token", None), getattr(self, "dist_token", None))
-        prefix = [token.expand(len(x), -1, -1) for token in tokens if token is not None]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in tokens if token is not None]
         positions = self._patch_positions(selection.grid)
         if positions is not None:
             x = x + nn.functional.embedding(selection.kept, positions[0])
             if prefix and not self.no_embed_class:
                 prefix = [torch.cat(prefix, 1) + self.pos_embed[:, : self.num_prefix_tokens]]
-        x = self.pos_drop(torch.cat([*prefix, x], 1))
-        return x if selection.extra is None else torch.cat([x, selection.extra.to(x.dtype)], 1)
+        return selection.append_extra(self.pos_drop(torch.cat([*prefix, x], 1)))
 
 
 class CollapsedEva(CollapsedTimm):
     """`Eva`: as ViT; its rotary embedding follows the positions that `patch_drop` returns."""
 
     def _attach(self) -> None:
-        sparse_patch_embed(self.patch_embed, self.selection)
-        self.patch_drop = KeepPatches(self.selection, self.num_prefix_tokens, with_positions=True)
+        sparse_patch_embed(self.patch_embed, self.carrier)
+        self.patch_drop = KeepPatches(self.carrier, self.num_prefix_tokens, with_positions=True)
 
 
-def to_grid(tokens: Tensor, kept: Tensor, grid: tuple[int, int], cover: Tensor | None) -> Tensor:
+def to_grid(tokens: Tensor, selection: Selection) -> Tensor:
     """Dense features: (B, k + r, D) -> (B, N, D), kept tokens at their places.
 
-    Dropped places take the extra token that stands for them (`cover`, (1 or B, N)), or 0 where there are none.
+    Dropped places take the extra token that stands for them, or 0 where there are none.
     """
-    (b, k), n = kept.shape, grid[0] * grid[1]
-    if cover is None:
-        dense = tokens.new_zeros(b, n, tokens.shape[-1])
-    else:
-        dense = gather_tokens(tokens[:, k:], cover.expand(b, -1))
-    return scatter_tokens(tokens[:, :k], kept, dense)
+    b, k = selection.kept.shape
+    if selection.cover is None:
+        return spread_kept(tokens, selection)
+    dense = gather_tokens(tokens[:, k:], selection.cover().expand(b, -1))
+    return scatter_tokens(tokens[:, :k], selection.kept, dense)

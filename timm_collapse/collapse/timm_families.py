@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..order import CollapseError, Order
 from ..order.errors import describe
 from .base import Collapsed
-from .selection import Selection, sparse_patch_embed
+from .selection import Carrier, Selection, sparse_patch_embed
 from .timm import CollapsedTimm
 
 
@@ -20,17 +20,18 @@ class KeepAfterDropout(nn.Dropout):
     An existing dropout becomes one by swapping its class, see `keep_after`.
     """
 
-    selection: Selection
+    carrier: Carrier
     num_prefix_tokens: int
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.selection.apply(super().forward(x), self.num_prefix_tokens)
+        x, selection = super().forward(x), self.carrier.selection
+        return x if selection is None else selection.apply(x, self.num_prefix_tokens)
 
 
-def keep_after(dropout: nn.Dropout, selection: Selection, num_prefix_tokens: int) -> None:
+def keep_after(dropout: nn.Dropout, carrier: Carrier, num_prefix_tokens: int) -> None:
     """Make a dropout also keep the selected patches, in place."""
     dropout.__class__ = KeepAfterDropout
-    dropout.selection, dropout.num_prefix_tokens = selection, num_prefix_tokens
+    dropout.carrier, dropout.num_prefix_tokens = carrier, num_prefix_tokens
 
 
 class CollapsedNaFlex(CollapsedTimm):
@@ -39,7 +40,7 @@ class CollapsedNaFlex(CollapsedTimm):
     def _attach(self) -> None:
         pass  # `_forward_embeds` does it
 
-    def _image_grid(self, x: Tensor) -> tuple[int, int]:
+    def image_grid(self, x: Tensor) -> tuple[int, int]:
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise CollapseError(
                 f"images must be a tensor of shape (B, C, H, W) while patches are dropped (keep={self.keep}), got "
@@ -106,7 +107,7 @@ class CollapsedNaFlex(CollapsedTimm):
     def _refuse_patchified(self, x, patch_coord, patch_valid, order: Order | None) -> None:
         if order is None and self.keep == 1.0:
             return
-        self._image_grid(x)
+        self.image_grid(x)
         for name, value in (("patch_coord", patch_coord), ("patch_valid", patch_valid)):
             if value is not None:
                 raise CollapseError(
@@ -116,11 +117,11 @@ class CollapsedNaFlex(CollapsedTimm):
 
     def _forward_embeds(self, x, patch_coord, patch_valid, attn_mask) -> dict[str, Tensor | None]:
         embeds = super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
-        selection = self.selection
-        if selection.kept is None:
+        selection = self.carrier.selection
+        if selection is None:
             return embeds
         if selection.extra is not None:
-            selection.extra = self.norm_pre(selection.extra)  # the patches have had it
+            selection = selection._replace(extra=self.norm_pre(selection.extra))  # the patches have had it
         embeds["patches"] = selection.apply(embeds["patches"], self.num_prefix_tokens)
         rope = embeds["rope_embeds"]
         if rope is not None:
@@ -135,8 +136,8 @@ class CollapsedCait(CollapsedTimm):
     _returns_prefix_tokens = False
 
     def _attach(self) -> None:
-        sparse_patch_embed(self.patch_embed, self.selection)
-        keep_after(self.pos_drop, self.selection, 0)
+        sparse_patch_embed(self.patch_embed, self.carrier)
+        keep_after(self.pos_drop, self.carrier, 0)
 
     def _patch_positions(self, grid: tuple[int, int]) -> Tensor:
         return self.pos_embed
@@ -193,44 +194,44 @@ def pair_bias(table: Tensor, pairs: Tensor, index: Tensor) -> Tensor:
 class KeptAttention(Attention):
     """Beit's attention, that gathers its relative position bias for the kept patches."""
 
-    index: Tensor | None = None
+    carrier: Carrier  # its own: from `forward` to `_get_rel_pos_bias`
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | KeptBias | None = None) -> Tensor:
         if not isinstance(shared_rel_pos_bias, KeptBias):
             return super().forward(x, shared_rel_pos_bias)
-        self.index = shared_rel_pos_bias.index
-        try:
-            return super().forward(x, shared_rel_pos_bias.shared)
-        finally:
-            self.index = None
+        index, shared = shared_rel_pos_bias
+        return self.carrier.run(index, super().forward, x, shared)
 
     def _get_rel_pos_bias(self) -> Tensor:
-        if self.index is None:
+        index = self.carrier.selection
+        if index is None:
             return super()._get_rel_pos_bias()
-        return pair_bias(self.relative_position_bias_table, self.relative_position_index, self.index)
+        return pair_bias(self.relative_position_bias_table, self.relative_position_index, index)
 
 
 class KeptSharedBias(RelativePositionBias):
     """Beit's shared relative position bias, for the kept patches."""
 
-    selection: Selection
+    carrier: Carrier
 
     def forward(self) -> Tensor | KeptBias:
-        if self.selection.kept is None:
+        selection = self.carrier.selection
+        if selection is None:
             return super().forward()
-        index = kept_index(self.selection)
+        index = kept_index(selection)
         return KeptBias(index, pair_bias(self.relative_position_bias_table, self.relative_position_index, index))
 
 
 class NoSharedBias(nn.Module):
     """Where a Beit has no shared bias: tells its blocks which patches are kept."""
 
-    def __init__(self, selection: Selection):
+    def __init__(self, carrier: Carrier):
         super().__init__()
-        self.selection = selection
+        self.carrier = carrier
 
     def forward(self) -> KeptBias | None:
-        return None if self.selection.kept is None else KeptBias(kept_index(self.selection), None)
+        selection = self.carrier.selection
+        return None if selection is None else KeptBias(kept_index(selection), None)
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
         pass  # there is no table to resize
@@ -248,15 +249,16 @@ class CollapsedBeit(CollapsedTimm):
     """
 
     def _attach(self) -> None:
-        sparse_patch_embed(self.patch_embed, self.selection)
-        keep_after(self.pos_drop, self.selection, self.num_prefix_tokens)
+        sparse_patch_embed(self.patch_embed, self.carrier)
+        keep_after(self.pos_drop, self.carrier, self.num_prefix_tokens)
         for block in self.blocks:
             block.attn.__class__ = KeptAttention
+            block.attn.carrier = Carrier()
         if isinstance(self.rel_pos_bias, RelativePositionBias):
             self.rel_pos_bias.__class__ = KeptSharedBias
-            self.rel_pos_bias.selection = self.selection
+            self.rel_pos_bias.carrier = self.carrier
         else:
-            self.rel_pos_bias = NoSharedBias(self.selection)
+            self.rel_pos_bias = NoSharedBias(self.carrier)
 
     def _patch_positions(self, grid: tuple[int, int]) -> Tensor | None:
         return None if self.pos_embed is None else self.pos_embed[:, self.num_prefix_tokens :]

@@ -125,7 +125,7 @@ def _shared_order(model: nn.Module, images: Tensor, keeps: list[float], orders: 
     """The order of a batch up to the last place that any keep needs; `orders` holds those of the batch so far."""
     if not hasattr(model, "keep"):
         return None
-    grid = model._image_grid(images)
+    grid = model.image_grid(images)
     whole = getattr(model, "remainder", "none") == "mixed"  # which goes by the ranks of all patches
     key = (id(model.orderer), grid, model.normalisation, whole)
     if key not in orders:

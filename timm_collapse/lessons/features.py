@@ -58,11 +58,11 @@ class FeatureLesson:
             visible (B, N), revealed (B, sets, N) bool, and errors (B, sets), for `Ranker.forward`.
         """
         vit, b = self.vit, len(images)
-        grid = vit._image_grid(images)
+        grid = vit.image_grid(images)
         n = grid[0] * grid[1]
         vit.remainder = self.remainders[random.randint(0, len(self.remainders))]
         budget = round(math.exp(random.uniform() * math.log(max(1.0, self.max_share * n))))
-        size = vit._plan(budget, grid).places
+        size = vit.plan(budget, grid).places
         start = 0 if random.randint(0, 10) < 4 else random.randint(0, size)
         ahead = None
         if policy is not None:

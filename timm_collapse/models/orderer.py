@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..hub.download import bundled_models, download, find_file, loading
 from ..hub.files import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
-from ..order import BASELINES, RANKINGS, CollapseError, Order, baseline_scores, check_grid, check_images, rank_graph
+from ..order import BASELINES, RANKINGS, CollapseError, Order, check_grid, check_images, rank_graph
 from ..order.hierarchy import hierarchical_pagerank
 from ..order.order import check_spread, places_before_spreading
 from .comae import CoMAE
@@ -125,18 +125,21 @@ class CollapseOrder(nn.Module):
             model = timm.create_model(source, pretrained=True)
         return cls(model, **{**saved, **kwargs})
 
-    def forward(self, images: Tensor, grid: tuple[int, int] | None = None, upto: int | None = None) -> Order:
+    def forward(
+        self, images: Tensor, grid: tuple[int, int] | None = None, upto: int | None = None, check: bool = True
+    ) -> Order:
         """Order the patches of each image.
 
         Args:
             images: (B, C, H, W), normalised as `mean` and `std`.
             grid: Patch grid (h, w) of the result; None takes the orderer's own.
             upto: Only so many first places (of the result's grid) are needed; orderers with phases save the later ones.
+            check: Refuse NaN, for which values are read back from a GPU; a collapsed model's forward pass does not.
 
         Raises:
             CollapseError: Images of another shape or dtype or with NaN, a bad grid, a baseline without a grid.
         """
-        check_images(images)
+        check_images(images, values=check)
         if grid is None and self.grid is None:
             raise CollapseError("grid: a baseline order needs a patch grid (h, w), got None")
         grid = check_grid(grid if grid is not None else self.grid)
@@ -144,7 +147,7 @@ class CollapseOrder(nn.Module):
         if upto is not None and not (isinstance(upto, int) and 1 <= upto <= num_patches):
             raise CollapseError(f"upto: must be in [1, {num_patches}] for grid {grid}, got {upto}")
         if self.baseline_name is not None:
-            return Order(baseline_scores(self.baseline_name, images, grid, self.generator), grid)
+            return Order.unchecked(BASELINES[self.baseline_name](images, grid, self.generator), grid)
         if isinstance(self.model, Ranker):
             if grid[0] < self.grid[0] or grid[1] < self.grid[1]:
                 upto = None  # a coarser patch averages ranks: it needs the whole order
@@ -157,7 +160,7 @@ class CollapseOrder(nn.Module):
             return Order.with_spread_ties(hierarchical_pagerank(graph, self.damping), finest).resample(grid)
         else:
             scores = rank_graph(self.graph(images), self.ranking, self.damping)
-        return Order(scores, self.grid).resample(grid, self.spread)
+        return (Order if check else Order.unchecked)(scores, self.grid).resample(grid, self.spread)
 
     @torch.no_grad()
     def graph(self, images: Tensor) -> Tensor:

@@ -126,15 +126,15 @@ class Ranker(nn.Module):
             upto: Only the first `upto` places are needed: later phases are saved, the rest follows by its last gain.
             phases: Other phases than the model's own.
         """
-        check_images(images)
+        check_images(images, values=False)
         n = self.num_patches
         upto = n if upto is None else min(upto, n)
         if phases is not None:
             check_phases(phases)
         starts = [round(share * n) for share in (self.phases if phases is None else phases)]
         stops = [*starts[1:], upto]
-        visible = torch.zeros(len(images), n, dtype=torch.bool, device=images.device)
-        scores = torch.zeros(len(images), n, device=images.device)
+        visible = torch.zeros(images.shape[0], n, dtype=torch.bool, device=images.device)
+        scores = torch.zeros(images.shape[0], n, device=images.device)
         static = self.static(images)
         for start, stop in zip(starts, stops):
             count = min(stop, upto) - start
@@ -143,11 +143,11 @@ class Ranker(nn.Module):
             picks, gains = greedy_factor_order(*self.factors(static, visible), visible, count)
             visible = visible.scatter(1, picks, 1)  # not True: jit.trace knows no bool there
             places = torch.arange(start, start + count, device=images.device, dtype=scores.dtype)
-            scores.scatter_(1, picks, ((n - places) / n).expand(len(images), -1))
+            scores.scatter_(1, picks, ((n - places) / n).expand(images.shape[0], -1))
         if upto < n:
             rest = stable_argsort(gains, descending=True)[:, : n - upto]
             places = torch.arange(upto, n, device=images.device, dtype=scores.dtype)
-            scores.scatter_(1, rest, ((n - places) / n).expand(len(images), -1))
+            scores.scatter_(1, rest, ((n - places) / n).expand(images.shape[0], -1))
         return scores
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .constants import constant
 from .errors import CollapseError, check_grid, check_images
 from .spread import bayer_ranks, halton_ranks
 
@@ -19,7 +20,8 @@ def baseline_scores(name: str, images: Tensor, grid: Sequence[int], generator: t
 
     Args:
         name: One of BASELINES.
-        images: (B, 3, H, W) floating point and finite; their values matter to "variance" and "gradient" only.
+        images: (B, C, H, W) floating point and finite, any number of channels; their values matter to "variance" and
+            "gradient" only.
         grid: Rows and columns of patches (h, w). Where they do not divide H and W, patches are widened to whole pixels.
         generator: The source of randomness of "random", on any device; torch's own by default.
 
@@ -31,7 +33,7 @@ def baseline_scores(name: str, images: Tensor, grid: Sequence[int], generator: t
     """
     if name not in BASELINES:
         raise CollapseError(f"name must be one of the baselines {', '.join(BASELINES)}, got {name!r}")
-    check_images(images)
+    check_images(images, channels=None)
     return BASELINES[name](images, check_grid(grid), generator)
 
 
@@ -43,7 +45,7 @@ def _random(images: Tensor, grid: tuple[int, int], generator: torch.Generator | 
 
 def _raster(images: Tensor, grid: tuple[int, int], generator: torch.Generator | None) -> Tensor:
     """Row by row from the top left."""
-    return _fixed(torch.arange(grid[0] * grid[1]), images)
+    return _fixed(_raster_ranks, images, grid)
 
 
 def _centre(images: Tensor, grid: tuple[int, int], generator: torch.Generator | None) -> Tensor:
@@ -54,12 +56,12 @@ def _centre(images: Tensor, grid: tuple[int, int], generator: torch.Generator | 
 
 def _halton(images: Tensor, grid: tuple[int, int], generator: torch.Generator | None) -> Tensor:
     """First visits of the Halton sequence."""
-    return _fixed(halton_ranks(grid), images)
+    return _fixed(halton_ranks, images, grid)
 
 
 def _bayer(images: Tensor, grid: tuple[int, int], generator: torch.Generator | None) -> Tensor:
     """The recursive checkerboard, coarse to fine."""
-    return _fixed(bayer_ranks(grid), images)
+    return _fixed(bayer_ranks, images, grid)
 
 
 def _variance(images: Tensor, grid: tuple[int, int], generator: torch.Generator | None) -> Tensor:
@@ -81,10 +83,18 @@ def _gradient(images: Tensor, grid: tuple[int, int], generator: torch.Generator 
     return F.adaptive_avg_pool2d(magnitude.mean(dim=1, keepdim=True), grid).flatten(1)
 
 
-def _fixed(ranks: Tensor, images: Tensor) -> Tensor:
+def _raster_ranks(grid: tuple[int, int]) -> Tensor:
+    return torch.arange(grid[0] * grid[1])
+
+
+def _fixed(ranks: Callable[[tuple[int, int]], Tensor], images: Tensor, grid: tuple[int, int]) -> Tensor:
     """The scores (N - rank) / N of one order for all images."""
-    scores = (len(ranks) - ranks).float() / len(ranks)
-    return scores.to(images.device).expand(images.shape[0], -1)
+    return constant(_scores, ranks, grid, device=images.device).expand(images.shape[0], -1)
+
+
+def _scores(ranks: Callable[[tuple[int, int]], Tensor], grid: tuple[int, int]) -> Tensor:
+    ranks = ranks(grid)
+    return (len(ranks) - ranks).float() / len(ranks)
 
 
 BASELINES: dict[str, Baseline] = {

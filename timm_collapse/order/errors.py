@@ -25,25 +25,29 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def check_images(images: Tensor) -> None:
+def check_images(images: Tensor, channels: int | None = 3, values: bool = True) -> None:
     """Checks a batch of normalised images.
 
     Args:
-        images: (B, 3, H, W) floating point, all values finite, no side empty.
+        images: (B, channels, H, W) floating point, all values finite, no side empty; B may be 0.
+        channels: None: any number.
+        values: Also look at the values, which waits for a GPU; never done while a graph is made of the pass.
 
     Raises:
         CollapseError: For anything else; a NaN or infinite image is named by its index in the batch.
     """
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
-        raise CollapseError(f"images must be a float tensor of shape (B, 3, H, W), got {describe(images)}")
+    if not isinstance(images, Tensor) or images.ndim != 4 or channels not in (None, images.shape[1]):
+        raise CollapseError(
+            f"images must be a float tensor of shape (B, {channels or 'C'}, H, W), got {describe(images)}"
+        )
     if not images.is_floating_point():
         raise CollapseError(
             f"images must be floating point, got {describe(images)}: normalise them first, "
             "(images.float() / 255 - mean) / std"
         )
-    if images.numel() == 0:
+    if 0 in images.shape[1:]:
         raise CollapseError(f"images must not be empty, got {describe(images)}")
-    if values_readable():
+    if values and values_readable():
         finite = images.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             bad = (~finite).nonzero().flatten().tolist()

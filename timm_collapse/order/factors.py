@@ -89,13 +89,13 @@ def greedy_factor_order(loadings: Tensor, noise: Tensor, revealed: Tensor, count
     picks = []
     with torch.autocast(g.device.type, enabled=False):
         gains = _pick(g, d, shown, count, picks)
-    indices = torch.stack(picks, 1) if picks else torch.empty(len(g), 0, dtype=torch.long, device=g.device)
+    indices = torch.stack(picks, 1) if picks else torch.empty(g.shape[0], 0, dtype=torch.long, device=g.device)
     return indices, gains
 
 
 def _pick(g: Tensor, d: Tensor, shown: Tensor, count: int, picks: list[Tensor]) -> Tensor:
     """Append `count` greedy picks; returns the gains that remain. Changes `shown`."""
-    rows = torch.arange(len(g), device=g.device)
+    rows = torch.arange(g.shape[0], device=g.device)
     for step in range(count + 1):
         shared = g.square().sum(-1)
         deviation = (shared + d).sqrt()
