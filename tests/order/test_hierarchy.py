@@ -44,7 +44,7 @@ def test_dense_is_the_definition():
         graph = example(refined=refined)
         assert graph.grid == (6, 12) and graph.num_patches == 72
         assert torch.allclose(graph.dense(), reference(graph), atol=1e-6)
-        assert torch.allclose(graph.row_sums(), graph.dense().sum(2), atol=1e-5)
+        assert torch.allclose(graph.row_sums().float(), graph.dense().sum(2), atol=1e-5)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.5, 0.85, 0.99])
@@ -135,3 +135,22 @@ def test_bad_graphs_name_what_was_given():
             HierarchicalGraph(*arguments)
     with pytest.raises(CollapseError, match="damping"):
         hierarchical_pagerank(graph, 1.0)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-35, 1e35, 3e38])
+def test_the_scale_of_an_image_has_no_effect(scale):
+    def built(factor):
+        graph, inner = example(), torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+        factors = torch.tensor([1.0, factor]).view(2, 1, 1)
+        coarse = HierarchicalGraph(
+            graph.coarse * factors, graph.cells, graph.inner * factors.unsqueeze(1), graph.cell_grid, graph.parts
+        )
+        cells = torch.arange(4).expand(2, -1)
+        return coarse, HierarchicalGraph(coarse, cells, inner * factors.unsqueeze(1), coarse.grid, (2, 2))
+
+    for graph, expected in zip(built(scale), built(1.0)):
+        torch.testing.assert_close(hierarchical_pagerank(graph), hierarchical_pagerank(expected), atol=1e-6, rtol=1e-3)
+    uniform = HierarchicalGraph(
+        torch.full((1, 6, 6), scale), torch.arange(6)[None], torch.full((1, 6, 4, 4), scale), (2, 3), (2, 2)
+    )
+    torch.testing.assert_close(hierarchical_pagerank(uniform), torch.full((1, 24), 1 / 24))

@@ -139,3 +139,32 @@ def test_gradients_are_finite_beside_dangling_rows():
 def test_errors_name_what_was_given(arguments, message):
     with pytest.raises(CollapseError, match=message):
         pagerank(**{"A": torch.ones(1, 2, 2), **arguments})
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-38, 1.0, 1e30, 1e38, 3e38])
+def test_the_scale_of_rows_has_no_effect_up_to_the_ends_of_float32(scale):
+    star, c = torch.zeros(5, 5), 0.85  # as by hand above
+    star[1:, 0], star[0, 1:] = 1, 1
+    centre = ((1 - c) / 5 + c) / (1 + c)
+    expected = torch.tensor([centre] + [(1 - centre) / 4] * 4)
+    one, whole = star.clone(), star * scale
+    one[0] *= scale
+    for graph in (one, whole, torch.stack([one, whole])):
+        torch.testing.assert_close(pagerank(graph), expected.expand(graph.shape[:-1]), atol=1e-6, rtol=1e-5)
+    ones = torch.ones(300, 300) * scale  # row sums beyond float32 from 1e36
+    torch.testing.assert_close(pagerank(ones), torch.full((300,), 1 / 300))
+    jump = torch.tensor([1.0, 1.0, 0, 0, 0]) * scale
+    torch.testing.assert_close(pagerank(star, personalization=jump), pagerank(star, personalization=jump / scale))
+    graph = (star * scale).requires_grad_()
+    (gradient,) = torch.autograd.grad(pagerank(graph)[0], graph)
+    if 1e-30 < scale:  # of smaller ones the gradient itself is beyond float32
+        unit = star.clone().requires_grad_()
+        torch.testing.assert_close(
+            gradient * scale, torch.autograd.grad(pagerank(unit)[0], unit)[0], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_a_personalization_beyond_float32_is_normalised_first():
+    graph = random_graph(dtype=torch.float32)
+    jump = torch.arange(12, dtype=torch.float64)
+    torch.testing.assert_close(pagerank(graph, personalization=jump * 1e300), pagerank(graph, personalization=jump))

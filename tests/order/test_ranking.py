@@ -113,3 +113,11 @@ def test_errors_name_what_was_given():
             rank_graph(torch.rand(2, 3, 4), ranking)
     with pytest.raises(CollapseError, match="damping"):
         rank_graph(random_graph(), damping=1.0)
+
+
+@pytest.mark.parametrize("ranking", ["pagerank", "transposed", "in_degree"])
+@pytest.mark.parametrize("scale", [1e-38, 1e38, 3e38])
+def test_the_scale_of_a_graph_does_not_change_the_order(ranking, scale):
+    graph = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(0))
+    scores = rank_graph(graph * scale, ranking)
+    assert scores.isfinite().all() and torch.equal(scores.argsort(), rank_graph(graph, ranking).argsort())

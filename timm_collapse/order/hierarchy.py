@@ -71,7 +71,8 @@ class HierarchicalGraph:
         self.batch, self.num_patches = size[0], n * s
         self.parts_count = s
         # (B, 1): what a patch of a cell that is not refined depends on in its own cell, in all
-        self.typical = inner.sum(-1).mean((1, 2)).view(-1, 1) if inner.shape[1] else inner.new_zeros(len(inner), 1)
+        inside = inner.sum(-1, dtype=torch.float64)
+        self.typical = inside.mean((1, 2)).view(-1, 1) if inner.shape[1] else inside.new_zeros(len(inner), 1)
 
     def by_cell(self, values: Tensor) -> Tensor:
         """(B, N), row by row of the fine grid -> (B, n, s), cell by cell."""
@@ -84,10 +85,11 @@ class HierarchicalGraph:
         return values.view(-1, h, w, p, q).transpose(2, 3).reshape(-1, h * w * p * q)
 
     def row_sums(self) -> Tensor:
-        """(B, N): on how much each patch depends in all."""
-        coarse = self.coarse.sum(-1) if isinstance(self.coarse, Tensor) else self.coarse.row_sums()
+        """(B, N) float64: on how much each patch depends in all."""
+        dense = isinstance(self.coarse, Tensor)
+        coarse = self.coarse.sum(-1, dtype=torch.float64) if dense else self.coarse.row_sums()
         inside = self.typical.expand(-1, coarse.shape[1]).unsqueeze(2).repeat(1, 1, self.parts_count)
-        inside = self._in_refined(inside, self.inner.sum(-1))
+        inside = self._in_refined(inside, self.inner.sum(-1, dtype=torch.float64))
         return self.by_patch(coarse.unsqueeze(2) + inside)
 
     def influence(self, values: Tensor) -> Tensor:
@@ -98,10 +100,19 @@ class HierarchicalGraph:
             between = torch.einsum("bij,bi->bj", self.coarse, totals)
         else:
             between = self.coarse.influence(totals)
-        inside = (self.typical * totals / self.parts_count).unsqueeze(2).repeat(1, 1, self.parts_count)
+        inside = (self.typical.to(totals.dtype) * totals / self.parts_count).unsqueeze(2).repeat(1, 1, self.parts_count)
         refined = values.gather(1, self._index())
         inside = self._in_refined(inside, torch.einsum("bkst,bks->bkt", self.inner, refined))
         return self.by_patch(between.unsqueeze(2) / self.parts_count + inside)
+
+    def scaled(self, factors: Tensor) -> HierarchicalGraph:
+        """All influences times a factor for each image, (B,) float64."""
+
+        def times(values: Tensor) -> Tensor:
+            return (values.double() * factors.view(-1, *[1] * (values.ndim - 1))).to(values.dtype)
+
+        coarse = times(self.coarse) if isinstance(self.coarse, Tensor) else self.coarse.scaled(factors)
+        return HierarchicalGraph(coarse, self.cells, times(self.inner), self.cell_grid, self.parts)
 
     def dense(self) -> Tensor:
         """(B, N, N): written out, for small N."""
@@ -142,7 +153,11 @@ def hierarchical_pagerank(graph: Tensor | HierarchicalGraph, damping: float = 0.
 
 
 def _power_iteration(graph: HierarchicalGraph, damping: float, tolerance: float) -> Tensor:
-    totals = graph.row_sums().double()
+    totals = graph.row_sums()
+    largest = totals.amax(1)
+    if not ((largest > 1e-30) & (largest < 1e30) | (largest == 0)).all():  # products would leave the range of float32
+        graph = graph.scaled(1 / largest.masked_fill(largest == 0, 1))
+        totals = graph.row_sums()
     ranks = jump = torch.full_like(totals, 1 / graph.num_patches)
     dead, totals = totals == 0, totals.masked_fill(totals == 0, 1)
     change = float("inf")

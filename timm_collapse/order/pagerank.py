@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,12 +37,25 @@ def pagerank(A: Tensor, damping: float = 0.85, personalization: Tensor | None = 
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     jump = _jump(A, personalization)
 
+    A = summable(A)
     total = A.sum(dim=-1, keepdim=True)
     walk = A / total.masked_fill(total == 0, 1)
     system = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) - damping * walk.mT
     ranks = torch.linalg.solve(system, jump.unsqueeze(-1)).squeeze(-1)
     # what zero rows lose would come back along the jumps: the same solution, longer by a factor, which cancels here
     return ranks / ranks.sum(dim=-1, keepdim=True)
+
+
+def summable(values: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
+    """Non-negative values, divided by a power of two where their sums along `dim` could overflow.
+
+    Elsewhere they stay as they are, bit for bit.
+    """
+    if values.numel() == 0:
+        return values
+    exponent = torch.frexp(values.detach().amax(dim, keepdim=True)).exponent
+    limit = math.frexp(torch.finfo(values.dtype).max)[1] - 2 - values.numel().bit_length()
+    return torch.ldexp(values, (limit - exponent).clamp(max=0))
 
 
 def check_damping(damping: float) -> None:
@@ -57,16 +72,16 @@ def _jump(A: Tensor, personalization: Tensor | None) -> Tensor:
     if not isinstance(personalization, Tensor) or tuple(personalization.shape) not in shapes:
         allowed = " or ".join(map(str, sorted(shapes, key=len)))
         raise CollapseError(f"personalization must be a tensor of shape {allowed}, got {describe(personalization)}")
-    jump = personalization.to(A)
+    jump = summable(personalization.to(torch.promote_types(personalization.dtype, A.dtype)))
     if values_readable():
         if not (jump.isfinite().all() and (jump >= 0).all()):
             raise CollapseError(
                 f"personalization must be non-negative and finite, got values in "
                 f"[{jump.min().item():.4g}, {jump.max().item():.4g}]"
             )
-        if (jump.sum(dim=-1) == 0).any():
+        if (jump.amax(dim=-1) == 0).any():
             raise CollapseError("personalization must not be all zero, got only zeros for at least one graph")
-    return (jump / jump.sum(dim=-1, keepdim=True)).expand(A.shape[:-1])
+    return (jump / jump.sum(dim=-1, keepdim=True)).to(A.dtype).expand(A.shape[:-1])
 
 
 def check_graph(A: Tensor, upper: float | None = None) -> None:

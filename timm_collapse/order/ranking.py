@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import CollapseError
-from .pagerank import check_graph, pagerank
+from .pagerank import check_graph, pagerank, summable
 
 RANKINGS = ("pagerank", "coverage", "in_degree", "transposed")
 
@@ -18,7 +18,8 @@ def rank_graph(A: Tensor, ranking: str = "pagerank", damping: float = 0.85) -> T
       ignores redundancy and picks clusters, which is why "coverage" exists.
     - "coverage": greedy maximisation of what the chosen patches explain together (submodular: what is explained
       already earns nothing), see `coverage_scores`.
-    - "in_degree": column sums of A, the control for what the walk of pagerank adds.
+    - "in_degree": column sums of A (divided by a power of two where they could overflow), the control for what the
+      walk of pagerank adds.
     - "transposed": pagerank of A^T, the paper's theorem read literally; ranks dependents high. A control.
 
     Args:
@@ -39,7 +40,7 @@ def rank_graph(A: Tensor, ranking: str = "pagerank", damping: float = 0.85) -> T
     if ranking == "transposed":
         return pagerank(A.mT, damping)
     if ranking == "in_degree":
-        return A.sum(dim=-2, dtype=torch.promote_types(A.dtype, torch.float32))
+        return summable(A.to(torch.promote_types(A.dtype, torch.float32)), (-2, -1)).sum(dim=-2)
     if ranking == "coverage":
         return coverage_scores(A)
     raise CollapseError(f"ranking must be one of {', '.join(RANKINGS)}, got {ranking!r}")
