@@ -1,15 +1,19 @@
 """`timm-collapse evaluate`: what it writes and prints, and that every failure is one line and an exit code."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 from PIL import Image
 
 from timm_collapse import collapse
 from timm_collapse.cli import evaluate as evaluate_cli
 from timm_collapse.cli import main as cli
+from timm_collapse.collapse.remainder import REMAINDERS
+from timm_collapse.data import open_dataset
 from timm_collapse.hub.save import save_model
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -31,6 +35,8 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(*argv):
+        models = list(itertools.takewhile(lambda each: not str(each).startswith("--"), argv))
+        argv = ["--model", *models, *argv[len(models) :]]
         try:
             code = cli.main(["evaluate", *(str(argument) for argument in argv)])
         except SystemExit as error:
@@ -42,8 +48,8 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_a_local_model_with_three_orderers(run, folder):
     code, out, err = run(
-        folder, "--orderers", "random", "bayer", "none", *QUICK, "--images", 50, "--keeps", 0.5, 1, 0.22, 0.1,
-        "--speed-batch", 2, "--runs", 1, "--json", "a.json", "--markdown", "a.md", "--out", "a.svg",
+        folder, "--orderer", "random", "bayer", "none", *QUICK, "--images", 50, "--keep", 0.5, 1, 0.22, 0.1,
+        "--speed-batch", 2, "--runs", 1, "--json", "a.json", "--markdown", "a.md", "--output", "a.svg",
     )  # fmt: skip
     assert code == 0 and "Traceback" not in err and "picture: a.svg" in out and "50 images of digits" in out
     assert out.count("random") == out.count("bayer") == 2 and Path("a.svg").exists()
@@ -69,17 +75,34 @@ def test_a_collapsed_model_keeps_its_own_orderer_and_remainder(run, folder, monk
     (curve,) = data["curves"]
     assert code == 0 and (curve["orderer"], curve["remainder"]) == ("halton", "coarse") and "macs" not in curve
     assert len(curve["keeps"]) == 14 and curve["masked"] == [0, 0.99]
-    code, out, _ = run("any", *QUICK, "--images", 20, "--speed-batch", 0, "--remainder", "fused", "--keeps", 0.5,
-                       "--orderers", "raster", "none", "--json", "-")  # fmt: skip
+    code, out, _ = run("any", *QUICK, "--images", 20, "--speed-batch", 0, "--remainder", "fused", "--keep", 0.5,
+                       "--orderer", "raster", "none", "--json", "-")  # fmt: skip
     first, second = json.loads(out)["curves"]
     assert (first["orderer"], first["remainder"], first["keeps"]) == ("raster", "fused", [0.5])
     assert (second["orderer"], second["keeps"]) == ("none", [1.0])
 
 
+def test_every_remainder(run, folder):
+    assert evaluate_cli.REMAINDERS == REMAINDERS
+    for remainder in REMAINDERS:
+        code, out, err = run(f"local-dir:{folder}", *QUICK, "--images", 20, "--speed-batch", 0, "--orderer", "bayer",
+                             "--remainder", remainder, "--keep", 1, 0.5, "--json", "-")  # fmt: skip
+        assert code == 0, err
+        (curve,) = json.loads(out)["curves"]
+        model = collapse(timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), "bayer", 0.5, remainder)
+        dataset = open_dataset("digits", "validation").dataset
+        config = timm.data.resolve_model_data_config(model, {"input_size": (3, 32, 32)})
+        transform = timm.data.create_transform(**config)
+        chosen = [dataset[number * len(dataset) // 20] for number in range(20)]
+        found = model(torch.stack([transform(image) for image, _ in chosen])).argmax(1)
+        hits = int((found == torch.tensor([label for _, label in chosen])).sum())
+        assert (curve["remainder"], curve["keeps"], curve["hits1"][1]) == (remainder, [1.0, 0.5], hits)
+
+
 def test_random_weights_take_the_classes_of_the_data_set_and_the_seed(run):
-    arguments = ["vit_tiny_patch16_224", "--no-pretrained", "--img-size", 32, *QUICK, "--images", 20, "--keeps", 1, 0.5]
+    arguments = ["vit_tiny_patch16_224", "--no-pretrained", "--img-size", 32, *QUICK, "--images", 20, "--keep", 1, 0.5]
     found = [
-        json.loads(run(*arguments, "--orderers", "random", "--speed-batch", 0, "--seed", seed, "--json", "-")[1])
+        json.loads(run(*arguments, "--orderer", "random", "--speed-batch", 0, "--seed", seed, "--json", "-")[1])
         for seed in (1, 1)
     ]
     assert found[0] == found[1] and found[0]["curves"][0]["keeps"] == [1.0, 0.5] and not found[0]["pretrained"]
@@ -89,7 +112,7 @@ def test_models_of_different_sizes_are_evaluated_one_group_after_another(run, fo
     other = timm.create_model("vit_tiny_patch16_224", **{**SHAPE, "img_size": 16, "depth": 1})
     other.model_args = {**SHAPE, "img_size": 16, "depth": 1}
     save_model(other, tmp_path / "other")
-    common = [*QUICK, "--orderers", "random", "--images", 20, "--keeps", 0.5, "--speed-batch", 0, "--json", "-"]
+    common = [*QUICK, "--orderer", "random", "--images", 20, "--keep", 0.5, "--speed-batch", 0, "--json", "-"]
     both = json.loads(run(folder, tmp_path / "other", *common)[1])["curves"]
     alone = json.loads(run(tmp_path / "other", *common)[1])["curves"]
     assert len(both) == 2 and both[1] == alone[0]  # whatever else is evaluated
@@ -99,7 +122,7 @@ def test_an_image_folder(run, folder, tmp_path):
     for label in range(10):
         (tmp_path / "set" / "val" / str(label)).mkdir(parents=True)
         Image.new("RGB", (40, 50), (25 * label, 0, 0)).save(tmp_path / "set" / "val" / str(label) / "a.png")
-    code, out, _ = run(folder, "--dataset", tmp_path / "set", "--workers", 0, "--orderers", "bayer", "--keeps", 0.5,
+    code, out, _ = run(folder, "--dataset", tmp_path / "set", "--workers", 0, "--orderer", "bayer", "--keep", 0.5,
                        "--speed-batch", 0)  # fmt: skip
     assert code == 0 and "10 images" in out and Path("accuracy.png").exists()
 
@@ -107,18 +130,18 @@ def test_an_image_folder(run, folder, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--keeps", "0"], "keeps must be ratios in (0, 1], got 0.0"),
-        (["--keeps", "nan"], "keeps must be ratios"),
-        (["--keeps", "1", "0.5", "--columns", "0.7"], "columns must be among the keeps"),
+        (["--keep", "0"], "keep must be a ratio in (0, 1]"),
+        (["--keep", "nan"], "keep must be a ratio"),
+        (["--keep", "64"], "keeps must be ratios in (0, 1], got 64"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--images", "-1"], "--images must be at least 0"),
         (["--runs", "0"], "--runs must be at least 1"),
-        (["--out", "a.jpg"], "--out must end in .png, .pdf, .svg"),
+        (["--output", "a.jpg"], "--output must end in .png, .pdf, .svg"),
         (["--json", "none/a.json"], "the folder 'none' does not exist"),
         (["--device", "nonsense"], "--device: 'nonsense' cannot be used"),
         (["--split", "third"], "split: digits has train and validation"),
         (["--dataset", "nonsense"], "neither 'digits', a folder"),
-        (["--orderers", "nonsense"], "'nonsense' is neither"),
+        (["--orderer", "nonsense"], "'nonsense' is neither"),
         (["--img-size", "0"], "--img-size must be at least 1"),
     ],
 )

@@ -1,6 +1,5 @@
 """`timm-collapse evaluate-generation`: what it writes and prints, and that every failure is a CollapseError."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image
 
 from timm_collapse import CollapseError
 from timm_collapse.cli import evaluate_generation as command
+from timm_collapse.cli.main import build_parser
 from timm_collapse.data import open_dataset
 from timm_collapse.evaluation import Features, FeatureStatistics, fidelity
 from timm_collapse.evaluation.samples import open_samples
@@ -50,9 +50,8 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(*argv):
-        parser = argparse.ArgumentParser()
-        command.declare(parser)
-        command.run(parser.parse_args([str(argument) for argument in argv]))
+        args = build_parser().parse_args(["evaluate-generation", *(str(argument) for argument in argv)])
+        command.run(args)
         return capsys.readouterr()
 
     return run
@@ -149,7 +148,7 @@ def test_inception(run, samples, monkeypatch):
         return Features(flat, flat[:, :9], None, fidelity.EXTRACTOR)
 
     monkeypatch.setattr("timm_collapse.evaluation.extract_inception_features", extract)
-    common = ["--samples", samples / "all.npz", "--inception", "--inception-weights", "w.pth", *QUICK]
+    common = ["--samples", samples / "all.npz", "--inception", "w.pth", *QUICK]
     out, _ = run(*common, *REAL, "--json", "a.json", "--save-statistics", "real.npz")
     data = json.loads(Path("a.json").read_text())
     assert data["fid"] > 0 and data["references"] == 360 and data["k"] == 3 and 0 < data["precision"] <= 1
@@ -173,6 +172,7 @@ def make_wrong(root):
     np.savez(root / "none.npz", a=np.ones(2))
     np.savez(root / "float.npz", np.ones((2, 8, 8, 3)))
     np.savez(root / "labels.npz", np.ones((2, 8, 8, 3), np.uint8), np.ones(3, int))
+    np.savez(root / "one.npz", np.ones((1, 8, 8, 3), np.uint8))
     np.savez(root / "few.npz", np.ones((3, 8, 8, 3), np.uint8))
 
 
@@ -186,15 +186,16 @@ def make_wrong(root):
         (["--samples", "none.npz"], "holds no arr_0"),
         (["--samples", "float.npz"], r"arr_0 must be \(N, H, W, 3\) uint8, got .* float64"),
         (["--samples", "labels.npz"], r"arr_1 must be \(2,\) integers, got \(3,\)"),
-        (["--samples", "few.npz"], "splits must be 1 to 3"),
-        (["--images", 4], "k must be 1 to 3"),
+        (["--samples", "one.npz"], "--samples: one.npz holds 1 images, too few: needed are at least 10"),
+        (["--samples", "few.npz"], "--samples: few.npz holds 3 images, too few: needed are at least 10"),
+        (["--k", 60], "all.npz holds 60 images, too few: needed are at least 61"),
+        (["--images", 4], "--images: 4 real images are too few: needed are at least 6, for k = 5 neighbours"),
         (["--k", 0], "--k must be at least 1, got 0"),
         (["--batch-size", 0], "--batch-size must be at least 1"),
         (["--json", "no/a.json"], "the folder 'no' does not exist"),
         (["--device", "nonsense"], "'nonsense' cannot be used"),
         (["--split", "third"], "split: digits has train and validation"),
         (["--features", "nonsense"], "'nonsense' could not be loaded"),
-        (["--inception-weights", "a.pth"], "--inception-weights needs --inception"),
     ],
 )
 def test_wrong_arguments(run, folder, samples, arguments, message):
@@ -211,6 +212,19 @@ def test_wrong_references(run, folder, samples, name, message):
     FeatureStatistics("a").update(torch.rand(9, 3)).to_npz("a.npz")
     with pytest.raises(CollapseError, match="--save-statistics needs real images"):
         run("--samples", samples / "all.npz", "--features", folder, "--reference", "a.npz", "--save-statistics", "b")
+
+
+def test_few_images_are_refused_before_anything_is_loaded(run, samples):
+    """With statistics alone there are no neighbours; and a reference of images needs as many as a data set."""
+    make_wrong(Path())
+    FeatureStatistics("a").update(torch.rand(9, 3)).to_npz("a.npz")
+    for wrong, message in (
+        (["--samples", "few.npz", "--reference", "a.npz"], "few.npz holds 3 images, too few: needed are at least 10"),
+        (["--samples", samples / "all.npz", "--reference", "few.npz"], "--reference: 3 real images are too few"),
+    ):
+        for network in (["--features", "none"], ["--inception"]):
+            with pytest.raises(CollapseError, match=message):
+                run(*wrong, *network, "--k", 3, *QUICK)
 
 
 def test_one_network_and_one_reference(run, folder, samples, capsys):

@@ -1,11 +1,10 @@
 """`timm-collapse latents`: what it writes and prints, and that every failure is one line and an exit code."""
 
-import argparse
-
 import pytest
 import torch
 
-from timm_collapse.cli import latents as latents_cli
+from timm_collapse.cli import latents
+from timm_collapse.cli.main import build_parser
 from timm_collapse.data import LatentCache, open_dataset
 from timm_collapse.models import load_codec
 from timm_collapse.order import CollapseError
@@ -31,17 +30,15 @@ def run(capsys):
     """Runs the command on every eighth validation digit; returns stdout and stderr."""
 
     def run(*argv):
-        parser = argparse.ArgumentParser()
-        latents_cli.declare_latents(parser)
         common = ["--dataset", "digits", "--split", "validation", "--part", "1/8", "--workers", 0, "--device", "cpu"]
-        latents_cli.run_latents(parser.parse_args([str(argument) for argument in (*common, *argv)]))
+        latents.run(build_parser().parse_args(["latents", *(str(argument) for argument in (*common, *argv))]))
         return capsys.readouterr()
 
     return run
 
 
 def test_digits_through_a_vae_from_a_folder(run, vae, tmp_path):
-    arguments = ("--vae", vae, "--img-size", 8, "--out", tmp_path / "a", "--shard-size", 20, "--batch-size", 16)
+    arguments = ("--vae", vae, "--img-size", 8, "--output", tmp_path / "a", "--shard-size", 20, "--batch-size", 16)
     out, err = run(*arguments)
     assert f"latents of 45 images, 4 x 4 x 4 each, 10 classes: {tmp_path / 'a'}" in out and "45/45" in err
     cache, codec = LatentCache(tmp_path / "a", load_codec(vae)), load_codec(vae)
@@ -58,31 +55,31 @@ def test_digits_through_a_vae_from_a_folder(run, vae, tmp_path):
 
 def test_measured_scale_gives_unit_variance(run, vae, tmp_path):
     options = ("--vae", vae, "--img-size", 8, "--batch-size", 7)
-    out, _ = run(*options, "--measure-scale", "--images", 0)
+    out, _ = run(*options, "--measure-scale", 0)
     assert "(two halves of 45 images)" in out and not list(tmp_path.iterdir())
     scale = float(out.split("--scale")[1])
-    run(*options, "--scale", scale, "--out", tmp_path)
+    run(*options, "--scale", scale, "--output", tmp_path)
     cache = LatentCache(tmp_path)
     records = torch.stack([record for record, _ in cache])
     drawn = cache.latents(records, torch.zeros(45, dtype=torch.bool), torch.randn(45, *cache.latent_shape))
     assert abs(float(drawn.std()) - 1) < 0.03
-    out, _ = run(*options, "--measure-scale", "--images", 9, "--scale", scale)
+    out, _ = run(*options, "--measure-scale", 9, "--scale", scale)
     assert "two halves of 9 images" in out
 
 
 def test_pixels(run, tmp_path):
-    out, _ = run("--vae", "pixels", "--img-size", 12, "--out", tmp_path)
+    out, _ = run("--vae", "pixels", "--img-size", 12, "--output", tmp_path)
     assert "45 images, 3 x 12 x 12 each" in out and LatentCache(tmp_path)[0][0].dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
     "argv,message",
     [
-        (["--vae", "pixels"], "--out must name the folder"),
-        (["--vae", "pixels", "--out", "x", "--shard-size", 0], "--shard-size must be at least 1, got 0"),
-        (["--vae", "nothing", "--out", "x"], "'nothing' is neither a local folder"),
-        (["--vae", "pixels", "--scale", 1, "--out", "x"], "scale: is for a VAE"),
-        (["--vae", "pixels", "--device", "nowhere", "--out", "x"], "--device: 'nowhere' cannot be used"),
+        (["--vae", "pixels"], "--output must name the folder"),
+        (["--vae", "pixels", "--output", "x", "--shard-size", 0], "--shard-size must be at least 1, got 0"),
+        (["--vae", "nothing", "--output", "x"], "'nothing' is neither a local folder"),
+        (["--vae", "pixels", "--scale", 1, "--output", "x"], "scale: is for a VAE"),
+        (["--vae", "pixels", "--device", "nowhere", "--output", "x"], "--device: 'nowhere' cannot be used"),
     ],
 )
 def test_failures_are_explained(run, tmp_path, monkeypatch, argv, message):

@@ -1,6 +1,5 @@
 """`timm-collapse order-bank`: the bank that it writes, its picture, and that every failure is one line."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,14 @@ import pytest
 import torch
 
 from timm_collapse import ClassOrderBank, CollapseError, CollapseOrder, Order
-from timm_collapse.cli.order_bank import declare_bank, run_bank
-from timm_collapse.cli.order_dataset import declare_order_dataset, run_order_dataset
+from timm_collapse.cli.main import build_parser
 from timm_collapse.data import eval_transform, labels_of, open_dataset
 from timm_collapse.plots import plot_bank
+
+
+def command(*argv):
+    args = build_parser().parse_args([str(argument) for argument in argv])
+    args.command.run(args)
 
 
 @pytest.fixture
@@ -20,12 +23,9 @@ def run(tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("COLUMNS", "160")
-    parser = argparse.ArgumentParser()
-    declare_bank(parser)
 
     def run(*argv):
-        quick = ["--dataset", "digits", "--workers", 0, "--device", "cpu"]
-        run_bank(parser.parse_args([str(argument) for argument in (*quick, *argv)]))
+        command("order-bank", "--dataset", "digits", "--workers", 0, "--device", "cpu", *argv)
         return capsys.readouterr().out
 
     return run
@@ -52,7 +52,7 @@ def assert_bank_of(bank, order, labels):
 
 
 def test_a_bank_of_digits_with_its_picture(run):
-    out = run("--model", "variance", "--split", "validation", "--grid", 4, 4, "--out", "a.safetensors",
+    out = run("--orderer", "variance", "--split", "validation", "--grid", 4, 4, "--output", "a.safetensors",
               "--per-class", 999, "--batch-size", 50, "--plot", "a.png")  # fmt: skip
     bank = ClassOrderBank.load("a.safetensors")
     assert_bank_of(bank, *reference("validation"))
@@ -63,13 +63,13 @@ def test_a_bank_of_digits_with_its_picture(run):
 
 
 def test_parts_images_sizes_and_mirror(run):
-    common = ["--model", "variance", "--split", "validation", "--grid", 2, 4]
+    common = ["--orderer", "variance", "--split", "validation", "--grid", 2, 4]
     run(*common, "--no-mirror", "--images", 180, "--img-size", 32, "--per-class", 999)
     assert_bank_of(
         ClassOrderBank.load("bank.safetensors"),
         *reference("validation", mirror=False, img_size=32, grid=(2, 4), every=2),
     )
-    run(*common, "--part", "1/4", "--per-class", 3, "--out", "part.safetensors")
+    run(*common, "--part", "1/4", "--per-class", 3, "--output", "part.safetensors")
     bank = ClassOrderBank.load("part.safetensors")
     assert bank.counts.max() == 3 and bank.seen.sum() == 180
     order, labels = reference("validation", "1/4", grid=(2, 4))
@@ -77,8 +77,8 @@ def test_parts_images_sizes_and_mirror(run):
 
 
 def test_the_ranker_is_the_default_and_precision_changes_little(run):
-    run("--images", 20, "--out", "a.safetensors", "--no-mirror")
-    run("--images", 20, "--out", "b.safetensors", "--no-mirror", "--precision", "bf16")
+    run("--images", 20, "--output", "a.safetensors", "--no-mirror")
+    run("--images", 20, "--output", "b.safetensors", "--no-mirror", "--precision", "bf16")
     full, half = (ClassOrderBank.load(f"{name}.safetensors") for name in "ab")
     assert full.grid == (8, 8) and full.source.endswith("by collapse_ranker_tiny")
     dataset = open_dataset("digits", "train").dataset
@@ -97,10 +97,8 @@ def table(tmp_path):
 
 
 def order_dataset(folder, *argv):
-    parser = argparse.ArgumentParser()
-    declare_order_dataset(parser)
-    quick = ["--dataset", "digits", "--workers", 0, "--device", "cpu", "--model", "variance", "--grid", 4, 4]
-    run_order_dataset(parser.parse_args([str(each) for each in (*quick, "--out", folder, *argv)]))
+    quick = ["--dataset", "digits", "--workers", 0, "--device", "cpu", "--orderer", "variance", "--grid", 4, 4]
+    command("order-dataset", *quick, "--output", folder, *argv)
 
 
 def test_an_order_table_gives_the_same_bank(run, table):
@@ -115,22 +113,20 @@ def test_an_order_table_gives_the_same_bank(run, table):
 
 
 def test_an_order_table_needs_no_data_set(table, tmp_path):
-    parser = argparse.ArgumentParser()
-    declare_bank(parser)
     out = str(tmp_path / "bank.safetensors")
-    run_bank(parser.parse_args(["--order-table", str(table), "--per-class", "999", "--out", out]))
+    command("order-bank", "--order-table", table, "--per-class", 999, "--output", out)
     bank = ClassOrderBank.load(out)
     assert_bank_of(bank, *reference("validation"))
     assert bank.source == "digits validation, 360 images, mirrored, by variance"
     with pytest.raises(CollapseError, match="--dataset must be given, or --order-table"):
-        run_bank(parser.parse_args(["--out", out]))
+        command("order-bank", "--output", out)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--model", "bayer"], "--grid must be given for the baseline 'bayer'"),
-        (["--model", "nonsense"], "'nonsense' is neither"),
+        (["--orderer", "bayer"], "--grid must be given for the baseline 'bayer'"),
+        (["--orderer", "nonsense"], "'nonsense' is neither"),
         (["--ranking", "coverage"], "ranking is for a CoMAE's dependency graph"),
         (["--grid", "0", "4"], "grid must be two positive ints"),
         (["--images", "-1"], "--images must be at least 0, got -1"),
@@ -141,8 +137,8 @@ def test_an_order_table_needs_no_data_set(table, tmp_path):
         (["--part", "5/3"], "part: expected 'i/n'"),
         (["--plot", "a.jpg"], "--plot must end in .png, .pdf, .svg, got 'a.jpg'"),
         (["--plot", "none/a.png"], "the folder 'none' does not exist"),
-        (["--out", "none/a.safetensors"], "the folder 'none' does not exist"),
-        (["--order-table", "x", "--model", "bayer"], "--model must not be given with --order-table, got 'bayer'"),
+        (["--output", "none/a.safetensors"], "the folder 'none' does not exist"),
+        (["--order-table", "x", "--orderer", "bayer"], "--orderer must not be given with --order-table, got 'bayer'"),
         (["--order-table", "x", "--img-size", "32"], "--img-size must not be given with --order-table"),
     ],
 )
@@ -155,7 +151,7 @@ def test_wrong_arguments(run, arguments, message):
 def test_wrong_tables(run, table, tmp_path):
     with pytest.raises(CollapseError, match=r"order_table: .* orders of 360 images, the data set has 1437"):
         run("--order-table", table)
-    run("--model", "bayer", "--grid", 2, 2, "--images", 10)
+    run("--orderer", "bayer", "--grid", 2, 2, "--images", 10)
     with pytest.raises(CollapseError, match="order_table: bank.safetensors is no folder of orders; make it again with"):
         run("--order-table", "bank.safetensors")
     with pytest.raises(CollapseError, match="order_table: there is no folder missing"):

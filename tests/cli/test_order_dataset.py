@@ -1,6 +1,5 @@
 """`timm-collapse order-dataset`: one process, several, a killed and restarted run, and the scripts that read it."""
 
-import argparse
 import importlib.util
 import json
 import os
@@ -15,14 +14,14 @@ import pytest
 import torch
 
 from timm_collapse import CollapseError, CollapseOrder
+from timm_collapse.cli import order_dataset
 from timm_collapse.cli.main import build_parser
-from timm_collapse.cli.order_dataset import declare_order_dataset, run_order_dataset
 from timm_collapse.data import OrderTable, eval_transform, open_dataset
 from timm_collapse.engine import run_script
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--dataset", "digits", "--workers", "0", "--device", "cpu"]
-SMALL_RANKER = ["--model", "collapse_ranker_tiny", "--img-size", "16", "--grid", "4", "4", "--split", "validation",
+SMALL_RANKER = ["--orderer", "collapse_ranker_tiny", "--img-size", "16", "--grid", "4", "4", "--split", "validation",
                 "--shard-size", "16", "--batch-size", "4"]  # fmt: skip
 """90 batches in 23 files: enough to be killed in the middle."""
 SIZES = {"encoder_embed_dim": 32, "encoder_depth": 1, "encoder_num_heads": 2, "decoder_embed_dim": 32,
@@ -34,9 +33,7 @@ def run(capsys):
     """Runs the command in this process; returns stdout and stderr."""
 
     def run(*argv):
-        parser = argparse.ArgumentParser()
-        declare_order_dataset(parser)
-        run_order_dataset(parser.parse_args([*QUICK, *map(str, argv)]))
+        order_dataset.run(build_parser().parse_args(["order-dataset", *QUICK, *map(str, argv)]))
         return capsys.readouterr()
 
     return run
@@ -44,7 +41,7 @@ def run(capsys):
 
 def start(folder, *argv, processes):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    arguments = ["-m", "timm_collapse", "order-dataset", *QUICK, *map(str, argv), "--out", str(folder)]
+    arguments = ["-m", "timm_collapse", "order-dataset", *QUICK, *map(str, argv), "--output", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen([sys.executable, *launch, *arguments], env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)  # fmt: skip
@@ -55,7 +52,7 @@ def contents(folder):
 
 
 def test_orders_of_the_ranker_and_what_is_printed(run, tmp_path):
-    out, err = run("--split", "validation", "--part", "0/12", "--shard-size", 20, "--out", tmp_path / "orders")
+    out, err = run("--split", "validation", "--part", "0/12", "--shard-size", 20, "--output", tmp_path / "orders")
     assert "orders of 30 images (digits validation 0/12), 8 x 8 patches, mirrored, by collapse_ranker_tiny: 2 f" in out
     assert "checked: 30 rows, as many as images; 30 different keys" in out
     assert "30/30" in err and "file 2 of 2" in err
@@ -67,7 +64,7 @@ def test_orders_of_the_ranker_and_what_is_printed(run, tmp_path):
         found = table.lookup(torch.tensor([21]), torch.tensor([mirrored]))
         expected = orderer(view[None])
         assert (found.ranks - expected.ranks).abs().float().mean() < 0.5  # other attention kernels, other last bits
-    out, err = run("--split", "validation", "--part", "0/12", "--shard-size", 20, "--out", tmp_path / "orders")
+    out, err = run("--split", "validation", "--part", "0/12", "--shard-size", 20, "--output", tmp_path / "orders")
     assert "checked: 30 rows" in out
     before = contents(tmp_path / "orders")
     with pytest.raises(CollapseError, match=r"img_size is \[64, 64\], not \[32, 32\]; choose another folder"):
@@ -80,7 +77,7 @@ def test_orders_of_the_ranker_and_what_is_printed(run, tmp_path):
             20,
             "--img-size",
             32,
-            "--out",
+            "--output",
             tmp_path / "orders",
         )
     assert contents(tmp_path / "orders") == before
@@ -88,17 +85,17 @@ def test_orders_of_the_ranker_and_what_is_printed(run, tmp_path):
 
 def test_a_side_alone_and_half_precision(run, tmp_path):
     common = ["--split", "validation", "--part", "0/12", "--no-mirror"]
-    out, _ = run(*common, "--out", tmp_path / "full")
+    out, _ = run(*common, "--output", tmp_path / "full")
     assert "8 x 8 patches, by" in out
     assert pq.read_schema(next((tmp_path / "full").iterdir())).names == ["key", "label", "ranks"]
-    run(*common, "--precision", "bf16", "--out", tmp_path / "half")
+    run(*common, "--precision", "bf16", "--output", tmp_path / "half")
     full, half = (OrderTable.load(tmp_path / name).ranks.float() for name in ("full", "half"))
     assert len(full) == 1 and 0.9 < torch.corrcoef(torch.stack([full.flatten(), half.flatten()]))[0, 1] < 1
 
 
 @pytest.mark.slow
 def test_one_process_two_and_a_killed_run_that_others_end_write_the_same(run, tmp_path):
-    run(*SMALL_RANKER, "--out", tmp_path / "one")
+    run(*SMALL_RANKER, "--output", tmp_path / "one")
     expected = contents(tmp_path / "one")
     assert len(expected) == 23
 
@@ -118,7 +115,7 @@ def test_one_process_two_and_a_killed_run_that_others_end_write_the_same(run, tm
     killed.communicate()
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.parquet")}
     assert 3 <= len(kept) < 23
-    run(*SMALL_RANKER, "--out", tmp_path / "killed")
+    run(*SMALL_RANKER, "--output", tmp_path / "killed")
     assert contents(tmp_path / "killed") == expected
     assert all((tmp_path / "killed" / name).stat().st_mtime_ns == when for name, when in kept.items())
 
@@ -144,7 +141,8 @@ def train_here(monkeypatch, script, *argv):
     ],
 )  # fmt: skip
 def test_train_scripts_read_a_folder_and_make_the_same_one(run, tmp_path, monkeypatch, capsys, script, size, arguments):
-    made = ["--part", "0/20", "--model", "variance", "--grid", 4, 4, "--img-size", size, "--out", tmp_path / "orders"]
+    made = ["--part", "0/20", "--orderer", "variance", "--grid", 4, 4, "--img-size", size]
+    made += ["--output", tmp_path / "orders"]
     run(*made, *([] if script == "cvit" else ["--no-mirror"]), "--shard-size", 30)
     before = contents(tmp_path / "orders")
     arguments = ["--orderer", "variance", *arguments]
@@ -161,7 +159,7 @@ def test_train_scripts_read_a_folder_and_make_the_same_one(run, tmp_path, monkey
     for table, message in (("old.safetensors", "is no folder of orders; make it again with `timm-collapse order-data"),
                            ("others", "orderer is 'bayer', not 'variance'")):  # fmt: skip
         if table == "others":
-            run(*made[:2], "--model", "bayer", "--grid", 4, 4, "--img-size", size, "--out", tmp_path / "others")
+            run(*made[:2], "--orderer", "bayer", "--grid", 4, 4, "--img-size", size, "--output", tmp_path / "others")
         with pytest.raises(SystemExit) as stopped:
             train_here(monkeypatch, script, *arguments, "--output", tmp_path / "c", "--order_table", tmp_path / table)
         assert stopped.value.code == 2 and message in capsys.readouterr().err
@@ -170,7 +168,7 @@ def test_train_scripts_read_a_folder_and_make_the_same_one(run, tmp_path, monkey
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--model", "bayer"], "--grid must be given for the baseline 'bayer'"),
+        (["--orderer", "bayer"], "--grid must be given for the baseline 'bayer'"),
         (["--shard-size", "0"], "--shard-size must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--split", "third"], "split: digits has train and validation"),
@@ -182,10 +180,10 @@ def test_train_scripts_read_a_folder_and_make_the_same_one(run, tmp_path, monkey
 def test_wrong_arguments(run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CollapseError) as error:
-        run("--out", "orders", *arguments)
+        run("--output", "orders", *arguments)
     assert message in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_the_command_is_declared():
-    args = build_parser().parse_args(["order-dataset", "--dataset", "digits", "--out", "orders"])
-    assert args.command.run is run_order_dataset and args.shard_size == 10_000 and args.mirror
+    args = build_parser().parse_args(["order-dataset", "--dataset", "digits", "--output", "orders"])
+    assert args.command is order_dataset and args.shard_size == 10_000 and args.mirror

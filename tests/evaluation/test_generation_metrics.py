@@ -306,7 +306,7 @@ def test_inceptions_weights_are_found_or_named(monkeypatch, tmp_path):
     with pytest.raises(CollapseError) as caught:
         inception(torch.rand(1, 3, 8, 8))
     text = str(caught.value)
-    assert "https://github.com/toshas/torch-fidelity" in text and "--inception-weights" in text
+    assert "https://github.com/toshas/torch-fidelity" in text and "--inception FILE" in text
     assert str(tmp_path / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth") in text
 
     (tmp_path / "text.pth").write_text("no")

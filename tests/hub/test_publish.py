@@ -152,7 +152,7 @@ def test_private_branch_and_pull_request(cvit, hub, tmp_path):
 
 def test_dry_run_sends_nothing(hub, tmp_path, capsys):
     config = str(CONFIGS["collapse_ranker_tiny"])
-    assert main(["publish", config, "--repo-id", "me/r", "--dry-run", "--out", str(tmp_path / "r")]) == 0
+    assert main(["publish", config, "--repo-id", "me/r", "--dry-run", "--output", str(tmp_path / "r")]) == 0
     assert "nothing was sent" in capsys.readouterr().out and not hub.log
     assert CollapseOrder.from_pretrained(str(tmp_path / "r")).grid == (8, 8)
 
@@ -168,7 +168,7 @@ def test_bad_arguments_are_one_line(hub, tmp_path, capsys):
         (config, "--repo-id", "me/x", "--checkpoint", str(tmp_path / "none")): "is neither a folder, a file, nor",
         (config, "--repo-id", "me/x", "--checkpoint", str(tmp_path / "ranker")): "is a collapse_ranker_tiny, cvit_tiny",
         (str(CONFIGS["cmar_base"]), "--repo-id", "me/x"): "checkpoint: cmar_base has no weights of its own",
-        (config, "--repo-id", "me/x", "--dry-run", "--out", str(tmp_path / "full")): "holds other files",
+        (config, "--repo-id", "me/x", "--dry-run", "--output", str(tmp_path / "full")): "holds other files",
         (config, "--repo-id", "you/x"): "hf auth login",
     }
     for arguments, message in cases.items():

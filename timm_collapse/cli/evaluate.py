@@ -6,34 +6,53 @@ What is heavy is imported inside the functions, so that `--help` answers at once
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .common import (
+    CLASSIFIERS,
+    DATASETS,
+    ORDERERS,
+    add_batches,
+    add_device,
+    add_precision,
+    add_seed,
+    check_numbers,
+    check_outputs,
+    console,
+    load_classifier,
+    load_orderer,
+    open_device,
+    worker_count,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..data import DatasetInfo
+    from ..models import CollapseOrder
 
+REMAINDERS = ("none", "fused", "coarse", "mixed")  # of `collapse`, without importing it
 DEFAULT_ORDERERS = ("random", "collapse_ranker_tiny_224")
 SHOWN = (1.0, 0.7, 0.5, 0.22)  # columns of the table, where more keeps than MAX_COLUMNS are measured: the paper's
 MAX_COLUMNS = 6
 
+SUMMARY = "accuracy and speed of ViTs that see only the first patches"
 DESCRIPTION = (
     "Measures how accurate a classifier stays when it sees only the first patches of an order. A model that is not "
     "collapsed is collapsed with each orderer, training-free; each image is ordered once for all keeps. Reports top-1 "
     "and top-5 accuracy with standard errors, the mean top-1 over all shares of masked patches (AuC), the knee of the "
     "curve, and what each keep costs: MACs and measured images per second, order included."
 )
-EXAMPLE = """timm-collapse evaluate vit_base_patch16_224.augreg2_in21k_ft_in1k --orderers random \\
+EXAMPLE = """timm-collapse evaluate --model vit_base_patch16_224.augreg2_in21k_ft_in1k --orderer random \\
       collapse_ranker_tiny_224 --dataset imagenet --split validation --precision bf16 --json table5.json
 
   the paper's Table 5 (top-1 at 100, 70, 50 and 22% visible, and the AuC), where imagenet/validation/ is a folder of
   1,000 class folders; --images 5000 takes an even sample of it.
 
   offline, in seconds, with an untrained model:
-  timm-collapse evaluate cvit_tiny_patch4_32 --no-pretrained --dataset digits --orderers random bayer none"""
+  timm-collapse evaluate --model cvit_tiny_patch4_32 --no-pretrained --dataset digits --orderer random bayer none"""
 
 
 class Entry(NamedTuple):
@@ -49,68 +68,61 @@ class Entry(NamedTuple):
         return f"{self.model}, {self.orderer}" + (f", {self.remainder}" if self.remainder not in ("none", "") else "")
 
 
-def declare_evaluate(parser: argparse.ArgumentParser) -> None:
+def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `evaluate`."""
-    from .main import _seed
-
     add = parser.add_argument
     # fmt: off
-    add("models", nargs="+", metavar="MODEL",
-        help="classifiers: any timm name with its tag, hf-hub:<id>, or a local folder that save_for_hf wrote")
-    add("--orderers", nargs="+", metavar="ORDERER",
-        help="registered orderers, folders, Hub ids, baselines (random, raster, centre, halton, bayer, variance, "
-        "gradient), or none: the plain model, with all patches (default: a collapsed model's own; for any other "
-        f"{' and '.join(DEFAULT_ORDERERS)})")
-    add("--remainder", choices=("none", "fused", "coarse"),
+    add("--model", nargs="+", required=True, metavar="NAME", help=f"classifiers: {CLASSIFIERS}")
+    add("--orderer", nargs="+", metavar="NAME",
+        help=f"each is {ORDERERS}; or none: the plain model, with all patches (default: a collapsed model's own; for "
+        f"any other {' and '.join(DEFAULT_ORDERERS)})")
+    add("--remainder", choices=REMAINDERS,
         help="what becomes of the dropped patches (default: a collapsed model's own, else none)")
     add("--pretrained", action=argparse.BooleanOptionalAction, default=True,
         help="--no-pretrained takes random weights, with as many classes as the data set has: for trying out, and "
         "for speed")
     add("--img-size", type=int, metavar="PIXELS", help="side of the images (default: the model's)")
-    add("--dataset", required=True, metavar="NAME",
-        help="digits, a folder of parquet files, an image folder, or a timm data set such as hfds/<id>")
+    add("--dataset", required=True, metavar="NAME", help=DATASETS)
     add("--split", default="validation", help="default: %(default)s")
     add("--images", type=int, default=0, metavar="N", help="evenly spaced images of the split; 0 for all (default: 0)")
-    add("--keeps", type=float, nargs="+", metavar="SHARE",
-        help="shares of the patches that stay visible, in (0, 1] (default: 14 from 1.0 to 0.01)")
-    add("--columns", type=float, nargs="+", metavar="SHARE",
-        help="keeps that the table shows; files hold all (default: all up to 6, else 1.0 0.7 0.5 0.22)")
-    add("--batch-size", type=int, default=64, help="default: %(default)s")
-    add("--workers", type=int, help="processes that decode images (default: one a core, at most 4)")
-    add("--precision", choices=("no", "bf16"), default="no", help="bf16 runs under autocast (default: %(default)s)")
-    add("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
+    add("--keep", nargs="+", metavar="SHARE",
+        help="shares of the patches that stay visible, in (0, 1] (default: 14 from 1.0 to 0.01; of more than "
+        f"{MAX_COLUMNS}, the table shows 1.0 0.7 0.5 0.22, and files hold all)")
+    add_batches(parser)
+    add_precision(parser)
+    add_device(parser)
     add("--speed-batch", type=int, default=16, metavar="N",
         help="images in a timed batch; 0 measures no speed (default: %(default)s)")
     add("--runs", type=int, default=3, help="timed runs of each, in turn (default: %(default)s)")
-    add("--out", default="accuracy.png", metavar="PATH", help="the plot, .png, .pdf or .svg (default: %(default)s)")
+    add("--output", default="accuracy.png", metavar="PATH",
+        help="the plot, .png, .pdf or .svg (default: %(default)s)")
     add("--json", metavar="PATH", help="also write all numbers; - writes them to stdout, and all else to stderr")
     add("--markdown", metavar="PATH", help="also write the tables")
-    add("--seed", type=_seed, default=0, help="of random orders and random weights (default: %(default)s)")
+    add_seed(parser, "random orders and random weights")
     # fmt: on
 
 
-def run_evaluate(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measures the curves, draws them and prints the table."""
     import torch
 
     from ..data import open_dataset
-    from ..evaluation import KEEPS, accuracy_curves, costs_over_keep
-    from ..evaluation.accuracy import image_batches
-    from ..order import check_keeps
+    from ..evaluation import KEEPS, accuracy_curves, costs_over_keep, image_batches
+    from ..order import check_keeps, parse_keep
     from ..plots import plot_accuracy, save
     from .evaluate_report import markdown, print_tables, results
 
-    keeps = check_keeps(args.keeps or KEEPS)
-    columns = _columns(args.columns, keeps)
-    _check_numbers(args)
-    device = _device(args.device)
+    keeps = check_keeps([parse_keep(keep) for keep in args.keep] if args.keep else KEEPS)
+    columns = keeps if len(keeps) <= MAX_COLUMNS else [keep for keep in SHOWN if keep in keeps] or keeps
+    check_numbers(args, {"batch_size": 1, "images": 0, "speed_batch": 0, "runs": 1, "workers": 0, "img_size": 1})
+    check_outputs(args, "json", "markdown")
+    device = open_device(args.device)
     info = open_dataset(args.dataset, args.split, labelled=True)
     total = min(args.images or len(info.dataset), len(info.dataset))
     curves, costs, entries = {}, {}, []
     for config, group in load_groups(args, info):
         models = {entry.label: entry.module for entry in group}
-        workers = min(4, _cores()) if args.workers is None else args.workers
-        batches = image_batches(info.dataset, _transform(config), total, args.batch_size, workers)
+        batches = image_batches(info.dataset, _transform(config), total, args.batch_size, worker_count(args))
         curves |= accuracy_curves(models, batches, keeps, args.precision, device, total)
         if args.speed_batch:
             generator = torch.Generator().manual_seed(args.seed)
@@ -121,13 +133,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
         entries += group
     data = results(args, entries, curves, costs, total, device)
     speeds = {name: [cost.images_per_second for cost in row] for name, row in costs.items()}
-    save(plot_accuracy(curves, speeds or None), args.out)
+    save(plot_accuracy(curves, speeds or None), args.output)
     if args.markdown:
         Path(args.markdown).write_text(markdown(data, columns), encoding="utf-8")
-    if args.json:
-        text = json.dumps(data, indent=1)
-        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n", encoding="utf-8")
-    print_tables(data, columns, args.out, to_stderr=args.json == "-")
+    write_json(args.json, data)
+    print_tables(console(args), data, columns, args.output)
 
 
 def load_groups(args: argparse.Namespace, info: DatasetInfo) -> list[tuple[dict[str, Any], list[Entry]]]:
@@ -145,10 +155,9 @@ def load_groups(args: argparse.Namespace, info: DatasetInfo) -> list[tuple[dict[
     from ..collapse.base import Collapsed
     from ..evaluation import with_orderer
     from ..evaluation.accuracy import plain_model
-    from ..models import CollapseOrder
 
-    names = list(dict.fromkeys(args.models))
-    orderers = list(dict.fromkeys(args.orderers or DEFAULT_ORDERERS))
+    names = list(dict.fromkeys(args.model))
+    orderers = list(dict.fromkeys(args.orderer or DEFAULT_ORDERERS))
     labels, orderer_labels = _short_names(names), _short_names(orderers)
     groups: dict[str, tuple[dict[str, Any], list[Entry], dict[str, CollapseOrder]]] = {}
     for name in names:
@@ -157,7 +166,7 @@ def load_groups(args: argparse.Namespace, info: DatasetInfo) -> list[tuple[dict[
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         _, entries, loaded = groups.setdefault(repr((config, grid)), (config, [], {}))
         own = isinstance(model, Collapsed)
-        if own and not args.orderers:
+        if own and not args.orderer:
             remainder = args.remainder or model.remainder
             twin = with_orderer(model, model.orderer, remainder, config["mean"], config["std"])
             entries.append(Entry(labels[name], _orderer_name(model), remainder, twin))
@@ -167,7 +176,7 @@ def load_groups(args: argparse.Namespace, info: DatasetInfo) -> list[tuple[dict[
                 entries.append(Entry(labels[name], "none", "", plain_model(model)))
                 continue
             if orderer not in loaded:
-                loaded[orderer] = CollapseOrder.named(orderer, args.seed)
+                loaded[orderer] = load_orderer(orderer, seed=args.seed)
             remainder = args.remainder or (model.remainder if own else "none")
             twin = with_orderer(model, loaded[orderer], remainder, config["mean"], config["std"])
             entries.append(Entry(labels[name], orderer_labels[orderer], remainder, twin))
@@ -182,21 +191,17 @@ def load_model(name: str, args: argparse.Namespace, info: DatasetInfo) -> nn.Mod
     """
     import torch
 
-    from ..models import registry
     from ..order import CollapseError
 
     kwargs: dict[str, Any] = {"img_size": args.img_size} if args.img_size else {}
     if not args.pretrained and info.num_classes:
         kwargs["num_classes"] = info.num_classes
     torch.manual_seed(args.seed)
-    model = registry.load_model(name, "model", args.pretrained, **kwargs)
-    classes = getattr(model, "num_classes", 0)
-    if not classes:
-        raise CollapseError(f"model: {name!r} is no classifier: it has 0 classes")
-    if info.num_classes and info.num_classes != classes:
+    model = load_classifier(name, "--model", args.pretrained, **kwargs)
+    if info.num_classes and info.num_classes != model.num_classes:
         raise CollapseError(
-            f"dataset: {args.dataset!r} has {info.num_classes} classes in split {args.split!r}, but the model {name!r} "
-            f"has {classes}: both must be the same"
+            f"--dataset: {args.dataset!r} has {info.num_classes} classes in split {args.split!r}, but the model "
+            f"{name!r} has {model.num_classes}: both must be the same"
         )
     return model
 
@@ -227,47 +232,3 @@ def _short_names(names: list[str]) -> dict[str, str]:
 
     short = {name: relative_paths(name) for name in names}
     return short if len(set(short.values())) == len(names) else {name: name for name in names}
-
-
-def _columns(columns: list[float] | None, keeps: list[float]) -> list[float]:
-    """The keeps that the table shows."""
-    from ..order import CollapseError
-
-    if columns is None:
-        return keeps if len(keeps) <= MAX_COLUMNS else [keep for keep in SHOWN if keep in keeps] or keeps
-    if missing := [keep for keep in columns if keep not in keeps]:
-        raise CollapseError(f"columns must be among the keeps {keeps}, got {missing}")
-    return sorted(set(columns), reverse=True)
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    """What would otherwise fail only after a long measurement."""
-    from ..order import CollapseError
-    from ..plots.style import SUFFIXES
-
-    for name, low in {"batch_size": 1, "images": 0, "speed_batch": 0, "runs": 1, "workers": 0, "img_size": 1}.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise CollapseError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
-    if Path(args.out).suffix.lower() not in SUFFIXES:
-        raise CollapseError(f"--out must end in {', '.join(SUFFIXES)}, got {args.out!r}")
-    for path in (args.out, args.json, args.markdown):
-        if path and path != "-" and not Path(path).parent.is_dir():
-            raise CollapseError(f"path: the folder {str(Path(path).parent)!r} does not exist")
-
-
-def _device(name: str | None):
-    import torch
-
-    from ..order import CollapseError
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CollapseError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

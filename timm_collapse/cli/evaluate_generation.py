@@ -6,10 +6,24 @@ What is heavy is imported inside the functions, so that `--help` answers at once
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .common import (
+    CLASSIFIERS,
+    DATASETS,
+    add_batches,
+    add_device,
+    add_precision,
+    add_seed,
+    check_numbers,
+    check_outputs,
+    console,
+    load_classifier,
+    open_device,
+    worker_count,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,6 +32,7 @@ if TYPE_CHECKING:
     from ..data import DatasetInfo
     from ..evaluation import Features, FeatureStatistics, GenerationReport, InceptionReport
 
+SCORE_PARTS = 10  # of the classifier score and the Inception score
 ROWS = {  # title and what is best, in the order of the table
     "fid": ("FID", "0"),
     "frechet": ("Fréchet distance", "0"),
@@ -31,6 +46,7 @@ ROWS = {  # title and what is best, in the order of the table
     "label_accuracy": ("label accuracy", "1"),
 }
 
+SUMMARY = "generated images against real ones"
 DESCRIPTION = (
     "Measures generated images. With --features, in the features of any timm classifier, offline: Fréchet and kernel "
     "distance to real images, precision, recall, density, coverage, the classifier's score, and how often it sees the "
@@ -55,22 +71,19 @@ class Reference(NamedTuple):
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `evaluate-generation`."""
-    from .main import _seed
-
     add = parser.add_argument
     # fmt: off
     add("--samples", required=True, metavar="PATH",
         help="generated images of one size: a folder of png or jpg files, in subfolders named by class (or class "
         "number) if they were asked for, or an .npz file as ADM's: arr_0 (N, H, W, 3) uint8, labels arr_1 optional")
     network = parser.add_mutually_exclusive_group(required=True)
-    network.add_argument("--features", metavar="MODEL",
-        help="classifier: any timm name with its tag, hf-hub:<id>, or a local folder that save_for_hf wrote")
-    network.add_argument("--inception", action="store_true", help="FID and its kin; needs torch-fidelity")
-    add("--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: its download, cached)")
+    network.add_argument("--features", metavar="MODEL", help=f"classifier: {CLASSIFIERS}")
+    network.add_argument("--inception", nargs="?", const="", metavar="FILE",
+        help="FID and its kin; needs torch-fidelity, whose file of weights may be named (default: its download, "
+        "cached)")
     real = parser.add_mutually_exclusive_group(required=True)
     real.add_argument("--dataset", metavar="NAME",
-        help="real images: digits, a folder of parquet files, an image folder, or a timm data set such as hfds/<id>; "
-        "they are resized and cropped to the size of the samples")
+        help=f"real images: {DATASETS}; they are resized and cropped to the size of the samples")
     real.add_argument("--reference", metavar="FILE",
         help="real images or their statistics: an .npz file of --save-statistics, or with arr_0 or, for --inception, "
         "mu and sigma, as ADM's")
@@ -80,12 +93,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--k", type=int, metavar="N",
         help="neighbours of precision, recall, density and coverage (default: 5; 3 with --inception, as ADM)")
     add("--save-statistics", metavar="FILE", help="write the mean and covariance of the real images' features (.npz)")
-    add("--batch-size", type=int, default=64, help="default: %(default)s")
-    add("--workers", type=int, help="processes that decode images (default: one a core, at most 4)")
-    add("--precision", choices=("no", "bf16"), default="no",
-        help="of --features; bf16 runs under autocast (default: %(default)s)")
-    add("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
-    add("--seed", type=_seed, default=0, help="of the random subsets of --features (default: %(default)s)")
+    add_batches(parser)
+    add_precision(parser)
+    add_device(parser)
+    add_seed(parser, "the random subsets of --features")
     add("--json", metavar="PATH", help="also write all numbers; - writes them to stdout, and all else to stderr")
     # fmt: on
 
@@ -93,32 +104,41 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Extracts features of generated and real images, compares them and prints the table."""
     from ..data.images import photo_tensor
-    from ..evaluation import evaluate_generation, evaluate_inception, extract_features, extract_inception_features
-    from ..evaluation.accuracy import image_batches
+    from ..evaluation import (
+        evaluate_generation,
+        evaluate_inception,
+        extract_features,
+        extract_inception_features,
+        image_batches,
+    )
+    from ..evaluation.report import relative_paths
     from ..evaluation.samples import open_samples
-    from .evaluate import _cores, _device
 
-    _check_numbers(args)
-    device = _device(args.device)
+    inception = args.inception is not None
+    k = (3 if inception else 5) if args.k is None else args.k
+    check_numbers(args, {"batch_size": 1, "images": 0, "workers": 0, "k": 1})
+    check_outputs(args, "json", "save_statistics", pictures=())
+    device = open_device(args.device)
     samples = open_samples(args.samples)
     reference = open_reference(args)
+    check_counts(args, len(samples), reference.images, k)
     labels, note = samples.classes(_class_to_idx(reference.info)), ""
-    workers = min(4, _cores()) if args.workers is None else args.workers
 
     def features_of(dataset: Dataset, count: int = 0) -> Features:
-        batches = image_batches(dataset, partial(photo_tensor, size=samples.size), count, args.batch_size, workers)
+        resized = partial(photo_tensor, size=samples.size)
+        batches = image_batches(dataset, resized, count, args.batch_size, worker_count(args))
         return extract(batches, device=device, total=len(batches.dataset))
 
-    if args.inception:
-        extract = partial(extract_inception_features, weights=args.inception_weights)
-        compare = partial(evaluate_inception, k=args.k or 3)
+    if inception:
+        extract = partial(extract_inception_features, weights=args.inception or None)
+        compare = partial(evaluate_inception, k=k)
     else:
-        model, name = _load_model(args.features)
-        name = f"{name} at {samples.size[0]} x {samples.size[1]}"
+        model = load_classifier(args.features, "--features")
+        name = f"{relative_paths(args.features.removeprefix('local-dir:'))} at {samples.size[0]} x {samples.size[1]}"
         _check_statistics(reference.statistics, name, args.reference)
         labels, note = _known_labels(labels, model, reference.info)
         extract = partial(extract_features, model, name=name, precision=args.precision)
-        compare = partial(evaluate_generation, k=args.k or 5, seed=args.seed, device=device)
+        compare = partial(evaluate_generation, k=k, seed=args.seed, device=device)
     fake = features_of(samples)
     fake.labels = labels
     real = None
@@ -127,9 +147,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save_statistics:
         real.statistics().to_npz(args.save_statistics)
     report = compare(fake, real, reference.statistics)
-    if args.json:
-        text = json.dumps(_results(args, report), indent=1)
-        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n", encoding="utf-8")
+    write_json(args.json, _results(args, report))
     _print_table(args, report, note)
 
 
@@ -161,6 +179,30 @@ def open_reference(args: argparse.Namespace) -> Reference:
     return Reference(images, statistics, None)
 
 
+def check_counts(args: argparse.Namespace, samples: int, real: Dataset | None, k: int) -> None:
+    """Refuses sets that are too small to be measured, before anything is extracted.
+
+    Raises:
+        CollapseError: Fewer samples than parts of the score, or either set without k neighbours for each image.
+    """
+    from ..order import CollapseError
+
+    needed = max(SCORE_PARTS, 0 if real is None else k + 1)
+    if samples < needed:
+        raise CollapseError(
+            f"--samples: {args.samples} holds {samples} images, too few: needed are at least {needed}, for "
+            f"{SCORE_PARTS} parts of the score, and for k = {k} neighbours of each where real images are given"
+        )
+    if real is None:
+        return
+    count = min(args.images or len(real), len(real)) if args.dataset else len(real)
+    if count <= k:
+        source = "--reference" if args.reference else "--images" if args.images else "--dataset"
+        raise CollapseError(
+            f"{source}: {count} real images are too few: needed are at least {k + 1}, for k = {k} neighbours of each"
+        )
+
+
 def _class_to_idx(info: DatasetInfo | None) -> dict[str, int]:
     """Class names of the data set; empty where it has none."""
     return info.dataset.class_to_idx if info else {}
@@ -186,18 +228,6 @@ def _check_statistics(statistics: FeatureStatistics | None, name: str, path: str
         )
 
 
-def _load_model(name: str) -> tuple[nn.Module, str]:
-    """The feature model and its name, folders by their last two parts."""
-    from ..evaluation.report import relative_paths
-    from ..models.registry import load_model
-    from ..order import CollapseError
-
-    model = load_model(name, "--features")
-    if not getattr(model, "num_classes", 0):
-        raise CollapseError(f"--features: {name!r} is no classifier: it has 0 classes")
-    return model, relative_paths(name.removeprefix("local-dir:"))
-
-
 def _results(args: argparse.Namespace, report: GenerationReport | InceptionReport) -> dict[str, Any]:
     from ..evaluation.report import hardware, relative_paths
 
@@ -213,13 +243,13 @@ def _results(args: argparse.Namespace, report: GenerationReport | InceptionRepor
 
 
 def _print_table(args: argparse.Namespace, report: GenerationReport | InceptionReport, note: str) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
 
     values = report.to_dict()
     real = f"{report.references:,}" if report.references else "an unknown number of"
-    network = "Inception (torch-fidelity)" if args.inception else report.features
+    inception = args.inception is not None
+    network = "Inception (torch-fidelity)" if inception else report.features
     table = Table(
         Column("metric"),
         Column("value", justify="right"),
@@ -229,22 +259,7 @@ def _print_table(args: argparse.Namespace, report: GenerationReport | InceptionR
     )
     for key, (title, best) in ROWS.items():
         if values.get(key) is not None:
-            title = "KID" if args.inception and key == "kid" else title
+            title = "KID" if inception and key == "kid" else title
             spread = values.get(f"{key}_std")
             table.add_row(title, f"{values[key]:.4g}" + ("" if spread is None else f" ±{spread:.2g}"), best)
-    Console(stderr=args.json == "-", highlight=False).print(table)
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    """What would otherwise fail only after a long extraction."""
-    from ..order import CollapseError
-
-    for name, low in {"batch_size": 1, "images": 0, "workers": 0, "k": 1}.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise CollapseError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
-    for path in (args.json, args.save_statistics):
-        if path and path != "-" and not Path(path).parent.is_dir():
-            raise CollapseError(f"path: the folder {str(Path(path).parent)!r} does not exist")
-    if args.inception_weights and not args.inception:
-        raise CollapseError("--inception-weights needs --inception")
+    console(args).print(table)

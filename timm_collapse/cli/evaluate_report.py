@@ -6,6 +6,9 @@ import argparse
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from ..evaluation import AccuracyCurve, Cost
 from ..evaluation.report import hardware, markdown_table, relative_paths
@@ -111,13 +114,8 @@ def markdown(data: dict[str, Any], columns: list[float]) -> str:
     )
 
 
-def print_tables(data: dict[str, Any], columns: list[float], picture: str, to_stderr: bool = False) -> None:
+def print_tables(console: Console, data: dict[str, Any], columns: list[float], picture: str) -> None:
     """The summary, the speeds and where the picture is, in the terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(stderr=to_stderr, highlight=False)
     for text, rows in ((caption(data), summary_rows(data, columns)), (_cost_caption(data), cost_rows(data, columns))):
         if not rows:
             continue

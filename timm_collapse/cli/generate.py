@@ -11,6 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .common import (
+    DEFAULT_ORDERER,
+    ORDERERS,
+    add_device,
+    add_seed,
+    check_numbers,
+    check_outputs,
+    console,
+    load_orderer,
+    open_device,
+    option,
+)
+
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
@@ -22,30 +35,31 @@ if TYPE_CHECKING:
 
 MAX_STEPS, MAX_DIFFUSION_STEPS = 64, 1000
 MAX_SHOWN = 254  # images in the grid; with the photo of an edit twice, as many as a picture takes
-DEFAULT_ORDERER = "collapse_ranker_tiny"
 
+SUMMARY = "images of a generator, patch by patch along an order"
 DESCRIPTION = (
     "Generates images of classes, or changes a part of a photo, patch by patch along an order. The arguments mean what "
     "those of MAR.generate mean. With --draft a cheap draft is made first, and its collapse order is the order of the "
     "image. The same seed gives the same images, but only at the same batch size and on the same kind of device."
 )
-EXAMPLE = """timm-collapse generate cmar_base --labels 207 360 --per-label 4 --steps 64 \\
+EXAMPLE = """timm-collapse generate --model cmar_base --labels 207 360 --per-label 4 --steps 64 \\
       --guidance-scale 3 --order collapse --bank bank.safetensors --precision bf16 --film film.png
 
   for timm-collapse evaluate-generation, with any MAR checkpoint:
-  timm-collapse generate mar_base.pth --labels all --per-label 50 --guidance-scale 2.9 --npz samples.npz
+  timm-collapse generate --model mar_base.pth --labels all --per-label 50 --guidance-scale 2.9 --samples samples.npz
 
   inpainting: the model fills the box between rows 64 and 192, columns 32 and 128 of the photo:
-  timm-collapse generate mar_base.pth --labels 207 --image photo.jpg --regenerate 64 32 192 128"""
+  timm-collapse generate --model mar_base.pth --labels 207 --image photo.jpg --regenerate 64 32 192 128
+
+  offline, in seconds, with a bundled model:
+  timm-collapse generate --model cmar_tiny_patch4_32 --labels all --steps 16 --guidance-scale 3"""
 
 
-def declare_generate(parser: argparse.ArgumentParser) -> None:
+def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `generate`."""
-    from .main import _seed
-
     add = parser.add_argument
     # fmt: off
-    add("model", metavar="MODEL",
+    add("--model", required=True, metavar="NAME",
         help="generator: a registered name with its tag, hf-hub:<id>, a local folder, or a checkpoint file of MAR "
         "(.pth or .safetensors; its EMA weights, if it has them)")
     add("--labels", nargs="+", metavar="CLASS",
@@ -65,61 +79,52 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
         help="which tokens come first: random, raster, centre, halton, bayer, collapse, collapse_reversed or "
         "confidence (default: collapse where the model or --bank has an order bank, else random)")
     add("--bank", metavar="FILE", help="order bank, of timm-collapse order-bank (default: the model's own)")
-    add("--bank-source", choices=("bank", "mean"),
-        help="take real orders of the class from the bank, or its mean order (default: bank)")
-    add("--order-temperature", type=float, default=0.0, help="noise around the order (default: %(default)s)")
-    add("--random-share", type=float, default=0.0,
-        help="share of the images, in [0, 1], that get a random order (default: %(default)s)")
     add("--draft", type=int, metavar="STEPS",
         help="first generate a draft in so many iterations, without guidance; its order is that of the image")
-    add("--orderer", metavar="NAME",
-        help="of the draft: a registered orderer, a folder, a Hub id, or random, raster, centre, halton, bayer, "
-        f"variance, gradient (default: {DEFAULT_ORDERER})")
+    add("--orderer", metavar="NAME", help=f"of the draft: {ORDERERS} (default: {DEFAULT_ORDERER})")
     add("--image", metavar="PHOTO",
         help="change this photo, resized and centre-cropped to the model's size; what is kept goes through the VAE")
-    add("--regenerate", type=int, nargs=4, action="append", metavar=("TOP", "LEFT", "BOTTOM", "RIGHT"),
-        help="box of --image to make anew, in pixels of the cropped photo, may be repeated; every token that it "
-        "touches is made anew")
-    add("--mask", metavar="FILE", help="instead of boxes: an image that is white where --image is made anew")
+    add("--regenerate", nargs="+", action="append", metavar="BOX",
+        help="part of --image to make anew, may be repeated: TOP LEFT BOTTOM RIGHT in pixels of the cropped photo, or "
+        "the file of a mask that is white there; every token that it touches is made anew")
     add("--vae", metavar="NAME",
         help="codec of the latents: pixels, a folder or Hub id of a diffusers AutoencoderKL, or a weight file of MAR's "
         "KL-16 (default: the model's)")
     add("--batch-size", type=int, default=32, help="default: %(default)s")
     add("--precision", choices=("no", "bf16", "fp16"), default="no",
         help="bf16 and fp16 run under autocast, the VAE in fp32 (default: %(default)s)")
-    add("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
-    add("--seed", type=_seed, default=0, help="default: %(default)s")
-    add("--out", default="samples.png", metavar="PATH",
+    add_device(parser)
+    add_seed(parser, "all that is drawn")
+    add("--output", default="samples.png", metavar="PATH",
         help="grid of the images (the first 254), a row a class, .png, .pdf or .svg (default: %(default)s)")
     add("--film", metavar="PATH", help="also draw how the first images (up to 4) came to be, and in which order")
-    add("--samples", metavar="FOLDER", help="also write each image as <number>_<label>.png")
-    add("--npz", metavar="FILE", help="also write all images as ADM does: arr_0 (N, H, W, 3) uint8, labels arr_1")
+    add("--samples", metavar="PATH",
+        help="also write all images for evaluate-generation: an empty or new folder for <number>_<label>.png, or an "
+        ".npz file as ADM's: arr_0 (N, H, W, 3) uint8, labels arr_1")
     # fmt: on
 
 
-def run_generate(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Generates the images, writes them and says where."""
     import torch
     from tqdm.auto import tqdm
 
-    from ..models import CollapseOrder
     from ..plots import Film, save
-    from .evaluate import _device
     from .generate_inputs import choose_order, load_generator, matching_codec, parse_labels, read_edit
 
     _check(args)
-    device = _device(args.device)
+    device = open_device(args.device)
     mar = load_generator(args.model).to(device)
     labels = parse_labels(args.labels, args.per_label, mar.num_classes)
     edit = read_edit(args, mar)
     steps = _steps(args, mar.seq_len if edit is None else int(edit.regenerate.sum()))
     order = choose_order(args, mar)
-    orderer = CollapseOrder.named(args.orderer or DEFAULT_ORDERER, args.seed).to(device) if args.draft else None
+    orderer = load_orderer(args.orderer or DEFAULT_ORDERER, seed=args.seed).to(device) if args.draft else None
     codec = matching_codec(mar, args.vae).to(device)
 
     generator = torch.Generator(device).manual_seed(args.seed)
     film = Film(mar.grid, steps, None if edit is None else ~edit.regenerate) if args.film else None
-    written, shown, start = _Written(args, mar.num_classes), [], time.perf_counter()
+    written, shown, start = _Written(args.samples, mar.num_classes), [], time.perf_counter()
     parts = labels.split(args.batch_size)
     with tqdm(total=len(parts) * steps, desc="generating", unit="step") as bar:
         for number, part in enumerate(parts):
@@ -136,7 +141,7 @@ def run_generate(args: argparse.Namespace) -> None:
             shown.append(pixels[: max(0, MAX_SHOWN - number * args.batch_size)])
     seconds = time.perf_counter() - start
     written.finish()
-    save(_grid(torch.cat(shown), labels, edit, mar), args.out)
+    save(_grid(torch.cat(shown), labels, edit, mar), args.output)
     if film is not None:
         save(film.plot(codec), args.film)
     _print(args, len(labels), seconds, steps, "draft" if order is None else order.name)
@@ -158,7 +163,6 @@ def sample(
     import torch
 
     from ..models.draft import draft_order
-    from ..order import GenerationOrder
 
     device, given = labels.device, {}
     if edit is not None:
@@ -167,10 +171,7 @@ def sample(
     dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
     with torch.autocast(device.type, dtype, enabled=args.precision != "no"):
         if order is None:
-            drafted = draft_order(mar, codec, orderer, labels, args.draft, generator=generator, **given)
-            order = GenerationOrder(
-                drafted, mar.grid, temperature=args.order_temperature, random_share=args.random_share
-            )
+            order = draft_order(mar, codec, orderer, labels, args.draft, generator=generator, **given)
         return mar.generate(
             labels,
             steps,
@@ -186,13 +187,14 @@ def sample(
 
 
 class _Written:
-    """Writes images as they come: files of --samples, and those of --npz at the end."""
+    """Writes --samples: files of a folder as they come, or an .npz file at the end."""
 
-    def __init__(self, args: argparse.Namespace, num_classes: int):
-        self.folder, self.npz, self.num_classes = args.samples, args.npz, num_classes
-        self.count, self.pixels, self.labels = 0, [], []
+    def __init__(self, path: str | None, num_classes: int):
+        self.npz = path if path and Path(path).suffix == ".npz" else None
+        self.folder = Path(path) if path and not self.npz else None
+        self.num_classes, self.count, self.pixels, self.labels = num_classes, 0, [], []
         if self.folder:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, pixels: Tensor, labels: Tensor) -> None:
         """(B, 3, H, W) uint8 and (B,) long."""
@@ -202,7 +204,7 @@ class _Written:
         if self.folder:
             for array, label in zip(arrays, labels.tolist()):
                 name = f"{self.count:06d}_{label}.png" if self.num_classes else f"{self.count:06d}.png"
-                Image.fromarray(array).save(Path(self.folder) / name)
+                Image.fromarray(array).save(self.folder / name)
                 self.count += 1
         if self.npz:
             self.pixels.append(arrays)
@@ -254,37 +256,40 @@ def _diffusion_steps(args: argparse.Namespace) -> int | tuple[int, int] | None:
 def _check(args: argparse.Namespace) -> None:
     """What would otherwise fail only after a model is loaded or images are generated, or be ignored."""
     from ..order import CollapseError
-    from ..plots.style import SUFFIXES
 
-    lows = {"per_label": 1, "batch_size": 1, "guidance_scale": 0, "temperature": 0, "order_temperature": 0,
-            "random_share": 0}  # fmt: skip
-    for name, low in lows.items():
-        value = getattr(args, name)
-        if not low <= value < float("inf"):
-            raise CollapseError(f"--{name.replace('_', '-')} must be at least {low} and finite, got {value}")
-    if args.random_share > 1:
-        raise CollapseError(f"--random-share must be at most 1, got {args.random_share}")
-    if args.order == "confidence" and (args.order_temperature or args.random_share):
-        raise CollapseError("--order-temperature and --random-share change an order, confidence is none beforehand")
+    check_numbers(args, {"per_label": 1, "batch_size": 1, "guidance_scale": 0, "temperature": 0})
     numbers = args.diffusion_steps or [1]
     if len(numbers) > 2 or not all(1 <= number <= MAX_DIFFUSION_STEPS for number in numbers):
         raise CollapseError(f"--diffusion-steps must be one or two numbers in [1, {MAX_DIFFUSION_STEPS}], got "
                             f"{' '.join(map(str, numbers))}")  # fmt: skip
-    for name, path in (("out", args.out), ("film", args.film)):
-        if path and Path(path).suffix.lower() not in SUFFIXES:
-            raise CollapseError(f"--{name} must end in {', '.join(SUFFIXES)}, got {path!r}")
-    if args.npz and Path(args.npz).suffix != ".npz":
-        raise CollapseError(f"--npz must end in .npz, got {args.npz!r}")
-    for path in filter(None, (args.out, args.film, args.npz)):
-        if not Path(path).parent.is_dir():
-            raise CollapseError(f"path: the folder {str(Path(path).parent)!r} does not exist")
+    check_outputs(args, pictures=("output", "film"))
+    if args.samples and Path(args.samples).suffix == ".npz":
+        check_outputs(args, "samples", pictures=())
+    elif args.samples:
+        _check_folder(args)
+
+
+def _check_folder(args: argparse.Namespace) -> None:
+    """A folder of samples holds nothing else: evaluate-generation measures all images in it."""
+    from ..order import CollapseError
+
+    folder = Path(args.samples)
+    if folder.exists() and not folder.is_dir():
+        raise CollapseError(f"--samples must be a folder or a file that ends in .npz, got the file {args.samples!r}")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CollapseError(f"--samples: the folder {args.samples!r} is not empty, and evaluate-generation would "
+                            "measure what is in it, too; empty it, or name another folder")  # fmt: skip
+    for name in ("output", "film"):
+        path = getattr(args, name)
+        if path and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise CollapseError(f"{option(name)} must not be in the folder of --samples, got {path!r}: "
+                                "evaluate-generation would measure it, too")  # fmt: skip
 
 
 def _print(args: argparse.Namespace, count: int, seconds: float, steps: int, order: str) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
-    outputs = (("grid", args.out), ("film", args.film), ("samples", args.samples), ("npz", args.npz))
+    outputs = (("grid", args.output), ("film", args.film), ("samples", args.samples))
     places = "; ".join(f"{name}: {escape(path)}" for name, path in outputs if path)
     speed = f"{seconds:.1f} s, {count / seconds:.3g} images/s"
-    Console(highlight=False).print(f"{count} images, {steps} steps, order {order}, {speed}; {places}", soft_wrap=True)
+    console(args).print(f"{count} images, {steps} steps, order {order}, {speed}; {places}", soft_wrap=True)

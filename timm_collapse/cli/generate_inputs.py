@@ -42,10 +42,10 @@ def load_generator(name: str) -> MAR:
         try:
             return load_mar(path)
         except CollapseError as error:
-            raise CollapseError(f"model: {str(error).removeprefix('init: ')}") from error
-    model = load_model(name, "model")
+            raise CollapseError(f"--model: {str(error).removeprefix('init: ')}") from error
+    model = load_model(name, "--model")
     if not isinstance(model, MAR):
-        raise CollapseError(f"model: {name!r} is no generator, but a {type(model).__name__}")
+        raise CollapseError(f"--model: {name!r} is no generator, but a {type(model).__name__}")
     return model
 
 
@@ -96,23 +96,20 @@ def choose_order(args: argparse.Namespace, mar: MAR) -> GenerationOrder | None:
             be ignored.
     """
     if args.draft:
-        for name in ("order", "bank", "bank_source"):
+        for name in ("order", "bank"):
             if getattr(args, name) is not None:
-                raise CollapseError(f"--{name.replace('_', '-')} must not be given with --draft, which makes the order")
+                raise CollapseError(f"--{name} must not be given with --draft, which makes the order")
         return None
     if args.orderer is not None:
         raise CollapseError(f"--orderer is for --draft, got {args.orderer!r} without it")
     if args.bank:
         mar.load_bank(args.bank)
     name = args.order or ("random" if mar.bank is None else "collapse")
-    if name not in FROM_BANK:
-        if args.bank or args.bank_source:
-            raise CollapseError(f"--{'bank' if args.bank else 'bank-source'} is for --order {' or '.join(FROM_BANK)}, "
-                                f"got --order {name}")  # fmt: skip
-        return GenerationOrder(name, mar.grid, None, "bank", args.order_temperature, args.random_share)
-    _check_bank(mar.bank, name, mar)
-    source = args.bank_source or "bank"
-    return GenerationOrder(name, mar.grid, mar.bank, source, args.order_temperature, args.random_share)
+    if name in FROM_BANK:
+        _check_bank(mar.bank, name, mar)
+    elif args.bank:
+        raise CollapseError(f"--bank is for --order {' or '.join(FROM_BANK)}, got --order {name}")
+    return GenerationOrder(name, mar.grid, mar.bank if name in FROM_BANK else None)
 
 
 def _check_bank(bank: ClassOrderBank | None, name: str, mar: MAR) -> None:
@@ -131,32 +128,48 @@ def read_edit(args: argparse.Namespace, mar: MAR) -> Edit | None:
 
     Raises:
         CollapseError: A photo or mask that cannot be read, a mask of another size or without white, a box that is
-            empty or reaches out of the photo, or one of the arguments without the others.
+            empty or reaches out of the photo, or one of the arguments without the other.
     """
+    if (args.image is None) != (args.regenerate is None):
+        raise CollapseError("--image and --regenerate must be given together, got only "
+                            + ("--image" if args.image else "--regenerate"))  # fmt: skip
     if args.image is None:
-        if args.regenerate or args.mask:
-            raise CollapseError("--image must be given with --regenerate and --mask, got none")
         return None
-    if bool(args.regenerate) == bool(args.mask):
-        raise CollapseError("--image needs either --regenerate or --mask, got " + ("both" if args.mask else "neither"))
     photo, side = load_photo(args.image), mar.img_size
-    if args.mask:
-        mask = load_photo(args.mask)
-        if mask.size not in (photo.size, (side, side)):
-            raise CollapseError(
-                f"--mask: must be as large as the photo, {photo.width} x {photo.height} pixels, or as the model's "
-                f"images, {side} x {side}, got {mask.width} x {mask.height}"
-            )
-        changed = photo_tensor(mask, side).mean(0) > 0.5
-        if not changed.any():
-            raise CollapseError(f"--mask: must have white pixels where to regenerate, {args.mask} has none")
-    else:
-        changed = torch.zeros(side, side, dtype=torch.bool)
-        for top, left, bottom, right in args.regenerate:
-            if not (0 <= top < bottom <= side and 0 <= left < right <= side):
-                raise CollapseError(f"--regenerate: must be TOP < BOTTOM and LEFT < RIGHT in [0, {side}], the photo's "
-                                    f"pixels as the model sees it, got {top} {left} {bottom} {right}")  # fmt: skip
-            changed[top:bottom, left:right] = True
+    changed = torch.zeros(side, side, dtype=torch.bool)
+    for given in args.regenerate:
+        changed |= _mask(given[0], photo.size, side) if len(given) == 1 else _box(given, side)
     rows, columns = mar.grid
     regenerate = changed.view(rows, side // rows, columns, side // columns).any(3).any(1).flatten()
     return Edit(photo_tensor(photo, side), regenerate)
+
+
+def _mask(path: str, size: tuple[int, int], side: int) -> Tensor:
+    """(side, side) bool: where the image of a file is white."""
+    mask = load_photo(path)
+    if mask.size not in (size, (side, side)):
+        raise CollapseError(
+            f"--regenerate: a mask must be as large as the photo, {size[0]} x {size[1]} pixels, or as the model's "
+            f"images, {side} x {side}, got {mask.width} x {mask.height}"
+        )
+    changed = photo_tensor(mask, side).mean(0) > 0.5
+    if not changed.any():
+        raise CollapseError(f"--regenerate: a mask must have white pixels where to regenerate, {path} has none")
+    return changed
+
+
+def _box(texts: list[str], side: int) -> Tensor:
+    """(side, side) bool: the inside of TOP LEFT BOTTOM RIGHT."""
+    try:
+        top, left, bottom, right = map(int, texts)
+        inside = 0 <= top < bottom <= side and 0 <= left < right <= side
+    except ValueError:
+        inside = False
+    if not inside:
+        raise CollapseError(
+            "--regenerate: must be the file of a mask, or TOP LEFT BOTTOM RIGHT with TOP < BOTTOM and LEFT < RIGHT in "
+            f"[0, {side}], the photo's pixels as the model sees it, got {' '.join(texts)}"
+        )
+    changed = torch.zeros(side, side, dtype=torch.bool)
+    changed[top:bottom, left:right] = True
+    return changed

@@ -8,79 +8,81 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from .common import add_batches, add_data, add_device, check_numbers, open_device, worker_count
+
 if TYPE_CHECKING:
+    import torch
+    from torch.utils.data import Dataset
+
     from ..data.latent_scale import LatentStatistics
     from ..models import PixelCodec, VaeCodec
 
+SUMMARY = "the latents of a data set, to train a generator on"
 DESCRIPTION = (
     "Encodes a data set once, for training generators: posterior mean and standard deviation of the latents of each "
     "image and of its mirror image, or pixels as they are. Go on with a killed run by starting it again. With "
     "--measure-scale nothing is written: prints the factor that gives the latents of your own VAE unit variance."
 )
 EXAMPLE = """timm-collapse latents --dataset imagenet --split train --vae xwen99/mar-vae-kl16 --img-size 256 \\
-      --out latents/imagenet
+      --output latents/imagenet
 
   your own VAE in diffusers' layout, first its scale, then the latents with it:
-  timm-collapse latents --dataset photos --vae my-vae --img-size 128 --measure-scale --images 2000
-  timm-collapse latents --dataset photos --vae my-vae --img-size 128 --scale 0.31 --out latents/photos"""
+  timm-collapse latents --dataset photos --vae my-vae --img-size 128 --measure-scale 2000
+  timm-collapse latents --dataset photos --vae my-vae --img-size 128 --scale 0.31 --output latents/photos
+
+  offline, in seconds:
+  timm-collapse latents --dataset digits --vae pixels --img-size 8 --output latents/digits"""
 
 
-def declare_latents(parser: argparse.ArgumentParser) -> None:
+def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `latents`."""
     add = parser.add_argument
+    add_data(parser)
     # fmt: off
-    add("--dataset", required=True, metavar="NAME",
-        help="digits, a folder of parquet files, an image folder, or a timm data set such as hfds/<id>")
-    add("--split", default="train", help="default: %(default)s")
-    add("--part", default="", metavar="[!]I/N",
-        help="the images whose index is I modulo N, with ! all others (default: all images)")
     add("--vae", required=True, metavar="NAME",
         help="pixels; a folder or Hub id of a diffusers AutoencoderKL; or a weight file of MAR's KL-16 (.safetensors, "
         ".ckpt, .pth)")
     add("--scale", type=float, help="factor on the VAE's latents (default: the VAE's scaling_factor)")
     add("--img-size", type=int, required=True, metavar="PIXELS",
         help="side of the images: shorter side resized, centre cropped")
-    add("--out", metavar="FOLDER", help="where the latents go")
+    add("--output", metavar="FOLDER", help="where the latents go")
     add("--shard-size", type=int, metavar="N", help="images a file (default: the folder's, 4096 in a new one)")
-    add("--batch-size", type=int, default=64, help="default: %(default)s")
-    add("--workers", type=int, help="processes that decode images (default: one a core, at most 4)")
-    add("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
-    add("--measure-scale", action="store_true", help="only measure and print the scale of the VAE's latents")
-    add("--images", type=int, default=1000, metavar="N",
-        help="evenly spaced images for --measure-scale; 0 for all (default: %(default)s)")
+    add_batches(parser)
+    add_device(parser)
+    add("--measure-scale", type=int, nargs="?", const=1000, metavar="N",
+        help="only measure and print the scale of the VAE's latents, on so many evenly spaced images; 0 for all "
+        "(default: 1000)")
     # fmt: on
 
 
-def run_latents(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Encodes the data set, or measures the scale."""
     from ..data import LatentCache, describe_dataset, open_dataset
     from ..models import load_codec
     from ..order import CollapseError
-    from .evaluate import _cores, _device
 
-    for name, low in {"img_size": 1, "shard_size": 1, "batch_size": 1, "workers": 0, "images": 0}.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise CollapseError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
-    if not args.out and not args.measure_scale:
-        raise CollapseError("--out must name the folder for the latents; only --measure-scale needs none")
-    device = _device(args.device)
-    workers = min(4, _cores()) if args.workers is None else args.workers
+    check_numbers(args, {"img_size": 1, "shard_size": 1, "batch_size": 1, "workers": 0, "measure_scale": 0})
+    if (args.output is None) == (args.measure_scale is None):
+        raise CollapseError("--output must name the folder for the latents; only --measure-scale takes none")
+    device = open_device(args.device)
     info = open_dataset(args.dataset, args.split, args.part)
     codec = load_codec(args.vae, args.scale).to(device)
-    if args.measure_scale:
-        _print_scale(_measure(args, info.dataset, codec, device, workers), codec)
+    if args.measure_scale is not None:
+        _print_scale(measured_scale(args, info.dataset, codec, device), codec)
         return
     source = describe_dataset(args.dataset, args.split, args.part)
     cache = LatentCache.build(
-        args.out, info.dataset, codec, args.img_size, source, args.shard_size, args.batch_size, device,
-        num_classes=info.num_classes, workers=workers,
+        args.output, info.dataset, codec, args.img_size, source, args.shard_size, args.batch_size, device,
+        num_classes=info.num_classes, workers=worker_count(args),
     )  # fmt: skip
     shape = " x ".join(map(str, cache.latent_shape))
-    print(f"latents of {len(cache)} images, {shape} each, {cache.num_classes} classes: {args.out}")
+    print(f"latents of {len(cache)} images, {shape} each, {cache.num_classes} classes: {args.output}")
 
 
-def _measure(args: argparse.Namespace, dataset, codec: PixelCodec | VaeCodec, device, workers) -> LatentStatistics:
+def measured_scale(
+    args: argparse.Namespace, dataset: Dataset, codec: PixelCodec | VaeCodec, device: torch.device
+) -> LatentStatistics:
+    """Mean and spread of the latents of evenly spaced images."""
     from torch.utils.data import Subset
     from tqdm.auto import tqdm
 
@@ -88,9 +90,10 @@ def _measure(args: argparse.Namespace, dataset, codec: PixelCodec | VaeCodec, de
     from ..data.latent_scale import latent_scale
     from ..data.latents import ResizedPixels
 
-    count = min(args.images or len(dataset), len(dataset))
+    count = min(args.measure_scale or len(dataset), len(dataset))
     even = [number * len(dataset) // count for number in range(count)]
-    loader = ImageLoader(Subset(ResizedPixels(dataset, args.img_size), even), args.batch_size, num_workers=workers)
+    pixels = Subset(ResizedPixels(dataset, args.img_size), even)
+    loader = ImageLoader(pixels, args.batch_size, num_workers=worker_count(args))
     return latent_scale(codec, (pixels.to(device).float() / 255 for pixels, _ in tqdm(loader, desc="scale")))
 
 

@@ -9,18 +9,19 @@ import argparse
 import tempfile
 from pathlib import Path
 
+SUMMARY = "a trained model, its orderer and its card to the Hub"
 DESCRIPTION = (
     "Writes what timm reads (config.json, model.safetensors), the orderer and the order bank beside it, and a model "
     "card with a measured table, a picture and the training command; then uploads the folder as one commit. Needs a "
     "token of the Hub: `hf auth login`, or HF_TOKEN. An interrupted upload goes on when the command is run again."
 )
-EXAMPLE = """timm-collapse publish hub_configs/cvit_tiny_patch8_64.json --checkpoint runs/cvit --repo-id ME/my-cvit
+EXAMPLE = """timm-collapse publish hub_configs/cvit_tiny_patch4_32.json --checkpoint runs/cvit --repo-id ME/my-cvit
 
   only the folder, nothing is sent:
-  timm-collapse publish hub_configs/cvit_tiny_patch8_64.json --repo-id ME/my-cvit --dry-run --out runs/publish"""
+  timm-collapse publish hub_configs/cvit_tiny_patch4_32.json --repo-id ME/my-cvit --dry-run --output runs/publish"""
 
 
-def declare_publish(parser: argparse.ArgumentParser) -> None:
+def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `publish`."""
     add = parser.add_argument
     # fmt: off
@@ -29,18 +30,16 @@ def declare_publish(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", default="", metavar="RUN",
         help="folder that a train script wrote; for a generator also a weight file (default: the bundled weights, "
         "where there are any)")
-    add("--out", metavar="FOLDER", help="keep what is uploaded in this folder (with --dry-run, default: runs/publish)")
+    add("--output", metavar="FOLDER",
+        help="keep what is uploaded in this folder (with --dry-run, default: runs/publish)")
     add("--dry-run", action="store_true", help="write the folder only; nothing is sent")
     add("--private", action="store_true", help="make a new repository private")
     add("--revision", metavar="BRANCH", help="upload to this branch, made if there is none (default: main)")
-    add("--commit-message", default="Upload model", help="default: %(default)s")
     add("--create-pr", action="store_true", help="open a pull request instead of writing to the branch")
-    add("--half", action=argparse.BooleanOptionalAction,
-        help="store fp16 weights (default: where the checkpoint's are fp16 already)")
     # fmt: on
 
 
-def run_publish(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Writes the folder and uploads it."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -56,13 +55,12 @@ def run_publish(args: argparse.Namespace) -> None:
         raise CollapseError(f"--repo-id: must be ME/NAME, got {args.repo_id!r}: {error}") from error
     config = read_config(args.config)
     with tempfile.TemporaryDirectory() as temporary:
-        out = Path(args.out or ("runs/publish" if args.dry_run else temporary))
-        folder = publish_folder(config, out, args.repo_id, args.checkpoint, args.half)
+        output = Path(args.output or ("runs/publish" if args.dry_run else temporary))
+        folder = publish_folder(config, output, args.repo_id, args.checkpoint.removeprefix("local-dir:"))
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
         if args.dry_run:
             print(f"{folder}: {size:.1f} MB, nothing was sent")
             return
-        address = push(
-            folder, args.repo_id, args.private, args.revision, args.commit_message, args.create_pr
-        )  # the token is the stored one, or HF_TOKEN
+        # the token is the stored one, or HF_TOKEN
+        address = push(folder, args.repo_id, args.private, args.revision, create_pr=args.create_pr)
         print(f"{address} ({size:.1f} MB)")

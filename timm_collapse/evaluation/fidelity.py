@@ -203,7 +203,7 @@ def _load(weights: str | Path | None) -> nn.Module:
     except OSError as error:  # no network, among others
         raise CollapseError(
             f"weights: Inception's could not be downloaded ({error}); download {url} elsewhere and place it at "
-            f"{cached}, or name the file (weights=, --inception-weights)"
+            f"{cached}, or name the file (weights=, --inception FILE)"
         ) from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CollapseError(f"weights: {weights or cached} are not those of {url}: {error}") from error

@@ -129,7 +129,7 @@ def _use(config: HubConfig, model: nn.Module, repo_id: str) -> str:
             "images = model.codec().decode(latents)  # (4, 3, H, W) in [0, 1]",
         ]
         options = "--labels all --guidance-scale 3 --guidance-schedule constant " if model.num_classes else ""
-        command = f"timm-collapse generate hf-hub:{repo_id} --per-label 8 --steps 16 {options}--out samples.png"
+        command = f"timm-collapse generate --model hf-hub:{repo_id} {options}--per-label 8 --steps 16"
         more = f"```bash\n{command}\n```"
     elif isinstance(model, Collapsed):
         lines = [
@@ -149,7 +149,7 @@ def _use(config: HubConfig, model: nn.Module, repo_id: str) -> str:
             f'orderer = CollapseOrder.from_pretrained("{repo_id}")',
             f"order = orderer(images, grid=({height}, {width}))  # order.indices: patches, best first; any grid",
         ]
-        more = f"```bash\ntimm-collapse order photo.jpg --model {repo_id} --out order.png\n```"
+        more = f"```bash\ntimm-collapse order photo.jpg --orderer {repo_id} --output order.png\n```"
     return "## Use\n\nWith the package timm-collapse installed:\n\n```python\n" + "\n".join(lines) + f"\n```\n\n{more}"
 
 
