@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import cache, partial
 from numbers import Real
-from typing import Any
 
 import torch
 from timm.models._input import update_model_args
@@ -25,7 +24,9 @@ class Collapsed:
     """Mixin of every collapsed model; subclasses say where their tokens are.
 
     Attributes:
-        orderer: `CollapseOrder`; frozen, and not part of the state dict: it is a model of its own.
+        orderer: `CollapseOrder`; a model of its own. It is no submodule: `parameters`, `named_modules` and `state_dict`
+            do not see it, so nothing trains, adapts, averages, empties or saves it along. It goes to the model's device
+            and precision. To change it, `collapse` again.
         keep: Token budget of the patches, a ratio in (0, 1] or a count; may be changed at any time. The remainder's
             tokens are part of the budget. 1 runs the plain model, bit for bit, and computes no order.
         remainder: What becomes of the dropped patches: "none", "fused" (one token: the mean of their embeddings),
@@ -40,7 +41,8 @@ class Collapsed:
     def _setup(self, orderer: nn.Module, keep: float | int, remainder: str, coarse_share: float, mean, std) -> None:
         self.remainder, self.coarse_share = remainder, coarse_share
         self.carrier = Carrier()
-        self.orderer = orderer
+        self._modules.pop("orderer", None)  # of an assignment
+        object.__setattr__(self, "orderer", orderer)
         self.normalisation = Normalisation(mean, std)
         self.keep = keep
         self._attach()
@@ -161,17 +163,9 @@ class Collapsed:
 
     # -- nn.Module ---------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
-        """As the plain model's: the orderer is a model of its own."""
-        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        for key in [key for key in state if key.startswith(f"{prefix}orderer.")]:
-            del state[key]
-        return state
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
-        # the orderer's own tensors, so that strict loading misses none
-        state_dict.update({f"{prefix}orderer.{key}": value for key, value in self.orderer.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _apply(self, fn, recurse=True):
+        self.orderer._apply(fn)
+        return super()._apply(fn, recurse)
 
     def _replicate_for_data_parallel(self):
         raise CollapseError(
@@ -179,16 +173,11 @@ class Collapsed:
             "DistributedDataParallel"
         )
 
-    def requires_grad_(self, requires_grad: bool = True):
-        super().requires_grad_(requires_grad)
-        self.orderer.requires_grad_(False)
-        return self
-
     def __reduce_ex__(self, protocol):
         return _restore, (type(self).__bases__,), self.__dict__
 
     def extra_repr(self) -> str:
-        return f"keep={self.keep}, remainder={self.remainder!r}"
+        return f"keep={self.keep}, remainder={self.remainder!r}, orderer={self.orderer}"
 
 
 def check_order(order: Order, batch: int, grid: tuple[int, int]) -> None:

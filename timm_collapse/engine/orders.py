@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..data import OrderTable, write_orders
@@ -39,7 +40,7 @@ def order_source(
     """
     settings = ""
     if orderer.baseline_name == "random":
-        settings = f" seed {orderer.generator.initial_seed()}"
+        settings = f" seed {(orderer.generator or torch).initial_seed()}"
     elif isinstance(orderer.model, CoMAE):
         settings = f" {orderer.ranking} {orderer.damping:g}"
     if orderer.grid is not None and any(new > own for new, own in zip(grid, orderer.grid, strict=True)):

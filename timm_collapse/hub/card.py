@@ -85,7 +85,7 @@ def _metadata(config: HubConfig, repo_id: str, accuracies: dict[float, float], r
 
 def _facts(model: nn.Module, config: HubConfig) -> str:
     rows = [("what it does", f"{TASKS[config.task]} (`{config.architecture}`)"),
-            ("parameters", f"{sum(p.numel() for p in _own(model)) / 1e6:.2f} M")]  # fmt: skip
+            ("parameters", f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M")]  # fmt: skip
     size = model.pretrained_cfg["input_size"]
     rows.append(("images", f"{size[1]} x {size[2]} pixels"))
     if isinstance(model, Collapsed):
@@ -99,11 +99,6 @@ def _facts(model: nn.Module, config: HubConfig) -> str:
         rows.append(("order bank", f"{int(model.bank.counts.sum())} orders" if model.bank else "none"))
     rows.append(("licence", config.license))
     return markdown_table([{"": name, " ": value} for name, value in rows])
-
-
-def _own(model: nn.Module):
-    """Parameters of a model, without those of its orderer, which has a folder of its own."""
-    return (p for name, p in model.named_parameters() if not name.startswith("orderer."))
 
 
 def _share(keep: float | int) -> str:

@@ -245,8 +245,9 @@ class CoMAE(nn.Module):
             raise CollapseError(f"images: expected {self.img_size} x {self.img_size}, got {tuple(images.shape[-2:])}")
         device = images.device
         precision = precision or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision is torch.bfloat16):
-            tokens = self.tokenizer(images)
+        kind = "cpu" if images.is_meta else device.type  # the meta device knows no autocast
+        with torch.autocast(kind, torch.bfloat16, enabled=precision is torch.bfloat16):
+            tokens = self.tokenizer(images.to(self.log_temperature.dtype))
             n = self.num_patches
             graph = torch.zeros(len(images), n, n, device=device)
             chunk = max(1, max_tokens // (n * len(images)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from numbers import Real
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..hub.download import bundled_models, download, find_file, loading
 from ..hub.files import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from ..order import BASELINES, RANKINGS, CollapseError, Order, check_grid, check_images, rank_graph
+from ..order.errors import describe
 from ..order.hierarchy import hierarchical_pagerank
 from ..order.order import check_spread, places_before_spreading
 from .comae import CoMAE
@@ -33,13 +35,18 @@ class CollapseOrder(nn.Module):
             a baseline. A network is frozen and put into eval mode.
         ranking: For a CoMAE: "coverage", "pagerank", "in_degree" or "transposed".
         damping: For the rankings that walk.
-        seed: For the baseline "random".
+        seed: For the baseline "random": an int always gives the same sequence. None draws from torch's own generator:
+            each worker of a DataLoader and each epoch has its own orders, and `torch.manual_seed` repeats them.
         spread: How much patches of a finer grid than the model's spread over the image, in [0, 1]: see
             `Order.resample`. The default is measured (docs/results.md, spread_tin100).
         refine: For a CoMAE with the ranking "pagerank", on finer grids than its own: the share of the patches that are
             looked at closer, again and again (`hierarchical_dependency`). 0: the coarse order is resampled.
 
+    `half`, `bfloat16` and `to` cast the network's layers; what it predicts is ranked in float32. Its weights never go
+    to the meta device; where they were built on it, they are loaded again from `source`.
+
     Attributes:
+        source: The name that `from_pretrained` found it by; None: it was made otherwise.
         mean, std: Normalisation of the images, per channel, as tuples.
         grid: Patch grid (h, w) in which the scores are made.
     """
@@ -49,11 +56,12 @@ class CollapseOrder(nn.Module):
         model: CoMAE | Ranker | str,
         ranking: str = "pagerank",
         damping: float = 0.85,
-        seed: int = 0,
+        seed: int | None = None,
         spread: float = 0.3,
         refine: float = 0.0,
     ):
         super().__init__()
+        self.training, self.source = False, None
         if ranking not in RANKINGS:
             raise CollapseError(f"ranking: must be one of {', '.join(RANKINGS)}, got {ranking!r}")
         check_spread(spread)
@@ -70,27 +78,23 @@ class CollapseOrder(nn.Module):
             if model not in BASELINES:
                 raise CollapseError(f"model: no baseline {model!r}; there are {', '.join(BASELINES)}")
             self.model, self.grid = None, None
-            self.generator = torch.Generator().manual_seed(seed)
+            self.generator = None if seed is None else torch.Generator().manual_seed(seed)
             self.mean, self.std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
             return
         if not isinstance(model, (CoMAE, Ranker)):
             raise CollapseError(f"model: expected a CoMAE, a Ranker or a baseline's name, got {type(model).__name__}")
         self.model = model.eval().requires_grad_(False)
-        # transformers would give weights that are in none of its files random values; it empties buffers, too, and has
-        # those of timm's modules made again where a module does not say that it is ready
-        for part in (*model.modules(), *model.parameters()):
-            part._is_hf_initialized = not getattr(part, "_non_persistent_buffers_set", None)
         self.grid = model.grid
         cfg = getattr(model, "pretrained_cfg", {})
         self.mean, self.std = tuple(cfg.get("mean", (0.5,) * 3)), tuple(cfg.get("std", (0.5,) * 3))
 
     @classmethod
-    def baseline(cls, name: str, seed: int = 0) -> CollapseOrder:
+    def baseline(cls, name: str, seed: int | None = None) -> CollapseOrder:
         """An order that needs no training: random, raster, centre, halton, bayer, variance or gradient."""
         return cls(name, seed=seed)
 
     @classmethod
-    def named(cls, name: str, seed: int = 0) -> CollapseOrder:
+    def named(cls, name: str, seed: int | None = None) -> CollapseOrder:
         """A baseline by its name, or anything that `from_pretrained` finds."""
         return cls.baseline(name, seed) if name in BASELINES else cls.from_pretrained(name)
 
@@ -99,16 +103,18 @@ class CollapseOrder(nn.Module):
         """Load a trained orderer.
 
         Args:
-            name: A registered model with weights ("collapse_ranker_tiny"), a local folder, or a Hub id
-            ("me/my-ranker").
+            name: A registered model with weights ("collapse_ranker_tiny"), a local folder ("runs/ranker" or
+                "local-dir:runs/ranker"), or a Hub id ("me/my-ranker" or "hf-hub:me/my-ranker").
             kwargs: For `CollapseOrder`: ranking, damping, spread, refine.
 
         Raises:
             CollapseError: Nothing of that name, or a model that makes no order.
         """
-        saved = {}
-        if Path(name).is_dir():
-            source, saved = f"local-dir:{name}", _settings(Path(name) / SETTINGS_FILE)
+        saved, folder = {}, Path(name.removeprefix("local-dir:"))
+        if folder.is_dir():
+            source, saved = f"local-dir:{folder}", _settings(folder / SETTINGS_FILE)
+        elif name.startswith("local-dir:"):
+            raise CollapseError(f"name: no folder {str(folder)!r} is there, got {name!r}")
         elif timm.is_model(name.split(":")[-1].split(".")[0]):
             source = name
         elif name.startswith("./"):
@@ -123,7 +129,9 @@ class CollapseOrder(nn.Module):
         # on the CPU: whoever builds the model around it on no device still gets its weights
         with loading(f"name: {name!r}"), torch.device("cpu"):
             model = timm.create_model(source, pretrained=True)
-        return cls(model, **{**saved, **kwargs})
+        orderer = cls(model, **{**saved, **kwargs})
+        orderer.source = name
+        return orderer
 
     def forward(
         self, images: Tensor, grid: tuple[int, int] | None = None, upto: int | None = None, check: bool = True
@@ -131,7 +139,7 @@ class CollapseOrder(nn.Module):
         """Order the patches of each image.
 
         Args:
-            images: (B, C, H, W), normalised as `mean` and `std`.
+            images: (B, 3, H, W), normalised as `mean` and `std`; networks take one channel as grey, baselines any.
             grid: Patch grid (h, w) of the result; None takes the orderer's own.
             upto: Only so many first places (of the result's grid) are needed; orderers with phases save the later ones.
             check: Refuse NaN, for which values are read back from a GPU; a collapsed model's forward pass does not.
@@ -139,7 +147,7 @@ class CollapseOrder(nn.Module):
         Raises:
             CollapseError: Images of another shape or dtype or with NaN, a bad grid, a baseline without a grid.
         """
-        check_images(images, values=check)
+        images = self._checked(images, check)
         if grid is None and self.grid is None:
             raise CollapseError("grid: a baseline order needs a patch grid (h, w), got None")
         grid = check_grid(grid if grid is not None else self.grid)
@@ -148,6 +156,8 @@ class CollapseOrder(nn.Module):
             raise CollapseError(f"upto: must be in [1, {num_patches}] for grid {grid}, got {upto}")
         if self.baseline_name is not None:
             return Order.unchecked(BASELINES[self.baseline_name](images, grid, self.generator), grid)
+        if (ready := self._ready(images.device)) is not self:
+            return ready(images, grid, upto, check)
         if isinstance(self.model, Ranker):
             if grid[0] < self.grid[0] or grid[1] < self.grid[1]:
                 upto = None  # a coarser patch averages ranks: it needs the whole order
@@ -167,8 +177,61 @@ class CollapseOrder(nn.Module):
         """Dependency graph (B, N, N) of a CoMAE: A[i, j] is the influence of patch j on patch i."""
         if not isinstance(self.model, CoMAE):
             raise CollapseError("graph: only a CoMAE has a dependency graph")
+        images = self._checked(images)
+        if (ready := self._ready(images.device)) is not self:
+            return ready.graph(images)
         side = self.model.img_size
         return self.model.dependency(resize_images(images, (side, side)))
+
+    @property
+    def needs_colour(self) -> bool:
+        """Whether images must have colours, as `mean` and `std` say: for a network; baselines take any channels."""
+        return self.model is not None
+
+    def _checked(self, images: Tensor, values: bool = True) -> Tensor:
+        """Images as the orderer takes them, grey ones as RGB; CollapseError for others."""
+        check_images(images, None, values)
+        if not self.needs_colour:
+            return images
+        if images.shape[1] not in (1, 3):
+            raise CollapseError(
+                f"images must have 3 channels (RGB) or 1 (grey) for a {type(self.model).__name__}, got "
+                f"{describe(images)}; baselines, such as 'bayer', order images of any channels"
+            )
+        return images.expand(-1, 3, -1, -1).to(next(self.parameters()).dtype)
+
+    def _ready(self, device: torch.device) -> CollapseOrder:
+        """Self, with weights; for images on the meta device, which have only a shape, a copy without."""
+        if device.type == "meta":
+            if all(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
+                return self
+            shapes = copy.deepcopy(self)
+            shapes.model.to(device)
+            return shapes
+        if next(self.parameters()).is_meta:
+            if not self._load_again():
+                raise CollapseError(
+                    f"orderer: the weights of this {type(self.model).__name__} are on the meta device, and it has no "
+                    "name by which they could be loaded again; build it on a device, or load it by from_pretrained"
+                )
+            self.to(device)
+        return self
+
+    def _load_again(self) -> bool:
+        """Whether weights that were built on the meta device could be had."""
+        if self.source is not None:
+            self.model = type(self).from_pretrained(self.source).model.to(next(self.model.parameters()).dtype)
+        return not next(self.model.parameters()).is_meta
+
+    def _apply(self, fn, recurse: bool = True):
+        weight = next(self.parameters(), None)
+        if weight is None:
+            return self
+        target = fn(torch.zeros((), dtype=weight.dtype, device="cpu" if weight.is_meta else weight.device))
+        if target.is_meta or weight.is_meta and not self._load_again():
+            return self
+        device, dtype = target.device, target.dtype
+        return super()._apply(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), recurse)
 
     def train(self, mode: bool = True) -> CollapseOrder:
         return super().train(False)  # frozen: no dropout, no statistics

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..order import CollapseError, HierarchicalGraph, Order, check_grid, check_images, hierarchical_pagerank
+from ..order.precision import without_autocast
 from .comae import CoMAE
 from .tokenizer import resize_images
 
@@ -47,7 +48,7 @@ def hierarchical_dependency(
     grid = check_grid(grid)
     if not 0 < refine <= 1:
         raise CollapseError(f"refine must be in (0, 1], got {refine}")
-    with torch.autocast(images.device.type, enabled=False):  # places of pixels are too fine for half precision
+    with without_autocast(images):  # places of pixels are too fine for half precision
         return _refined(model, images.float(), grid, refine, damping, progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -85,4 +86,5 @@ def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Antialiased bilinear resize of (B, C, H, W); the identity where the size fits."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
-    return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+    exact = images.to(torch.promote_types(images.dtype, torch.float32))  # CPUs cannot do it in half
+    return F.interpolate(exact, size, mode="bilinear", antialias=True, align_corners=False).to(images.dtype)

@@ -13,9 +13,10 @@ class CollapseError(ValueError):
     """A wrong argument: the message names it, says what was given and what is allowed."""
 
 
-def values_readable() -> bool:
-    """Whether checks may look at the values of tensors: not while a graph is compiled, exported or traced."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+def values_readable(tensor: Tensor | None = None) -> bool:
+    """Whether checks may look at a tensor's values: not on the meta device, nor while compiled, exported or traced."""
+    meta = tensor is not None and tensor.is_meta
+    return not (meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def describe(value: object) -> str:
@@ -47,7 +48,7 @@ def check_images(images: Tensor, channels: int | None = 3, values: bool = True) 
         )
     if 0 in images.shape[1:]:
         raise CollapseError(f"images must not be empty, got {describe(images)}")
-    if values and values_readable():
+    if values and values_readable(images):
         finite = images.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             bad = (~finite).nonzero().flatten().tolist()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .precision import without_autocast
+
 
 def expected_errors(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor:
     """Standard deviation left in every patch once sets of patches are revealed.
@@ -42,7 +44,7 @@ def condition(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor:
         (B, C, N, r), float32. Differentiable.
     """
     g, weight = loadings.float(), revealed.float() / noise.float().unsqueeze(1)
-    with torch.autocast(g.device.type, enabled=False):  # half products would not stay positive definite
+    with without_autocast(g):  # half products would not stay positive definite
         information = torch.einsum("bcn,bnr,bns->bcrs", weight, g, g) + torch.eye(g.shape[-1], device=g.device)
         transposed = g.mT.unsqueeze(1).expand(-1, revealed.shape[1], -1, -1)
         if torch.onnx.is_in_onnx_export():
@@ -87,7 +89,7 @@ def greedy_factor_order(loadings: Tensor, noise: Tensor, revealed: Tensor, count
     g, d = condition(loadings, noise, revealed.unsqueeze(1)).squeeze(1), noise.float()
     shown = revealed.clone()
     picks = []
-    with torch.autocast(g.device.type, enabled=False):
+    with without_autocast(g):
         gains = _pick(g, d, shown, count, picks)
     indices = torch.stack(picks, 1) if picks else torch.empty(g.shape[0], 0, dtype=torch.long, device=g.device)
     return indices, gains

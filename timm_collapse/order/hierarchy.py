@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import CollapseError, check_grid, describe
 from .pagerank import check_damping, check_graph, pagerank
+from .precision import without_autocast
 
 
 class HierarchicalGraph:
@@ -148,7 +149,7 @@ def hierarchical_pagerank(graph: Tensor | HierarchicalGraph, damping: float = 0.
     if isinstance(graph, Tensor):
         return pagerank(graph, damping)
     check_damping(damping)
-    with torch.autocast(graph.inner.device.type, enabled=False):
+    with without_autocast(graph.inner):
         return _power_iteration(graph, damping, tolerance)
 
 

@@ -37,7 +37,7 @@ class Order:
         if not isinstance(scores, Tensor) or scores.ndim != 2 or not scores.is_floating_point():
             raise CollapseError(f"scores must be a float tensor of shape (B, N), got {describe(scores)}")
         self._grid = check_grid(grid, num_patches=scores.shape[1])
-        if values_readable() and scores.isnan().any():
+        if values_readable(scores) and scores.isnan().any():
             bad = int(scores.isnan().any(dim=1).nonzero()[0])
             raise CollapseError(f"scores must not be NaN, got NaN in row {bad}")
         self._scores = scores
@@ -85,7 +85,7 @@ class Order:
             CollapseError: As the constructor; for infinite values, too.
         """
         grid = cls(scores, grid).grid
-        if values_readable() and not scores.isfinite().all():
+        if values_readable(scores) and not scores.isfinite().all():
             raise CollapseError("scores must be finite, got infinite ones")
         largest = scores.abs().amax(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
         return cls._coarse_to_fine((scores.double() / largest * -(2**20)).round(), grid, bayer_ranks(grid))
@@ -342,7 +342,7 @@ def _check_permutations(name: str, rows: Tensor, grid: Sequence[int]) -> tuple[i
     if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.dtype != torch.long:
         raise CollapseError(f"{name} must be a long tensor of shape (B, N), got {describe(rows)}")
     grid = check_grid(grid, num_patches=rows.shape[1])
-    if values_readable():
+    if values_readable(rows):
         wrong = (rows.sort(dim=1).values != torch.arange(rows.shape[1], device=rows.device)).any(dim=1)
         if wrong.any():
             bad = int(wrong.nonzero()[0])

@@ -73,7 +73,7 @@ def _jump(A: Tensor, personalization: Tensor | None) -> Tensor:
         allowed = " or ".join(map(str, sorted(shapes, key=len)))
         raise CollapseError(f"personalization must be a tensor of shape {allowed}, got {describe(personalization)}")
     jump = summable(personalization.to(torch.promote_types(personalization.dtype, A.dtype)))
-    if values_readable():
+    if values_readable(jump):
         if not (jump.isfinite().all() and (jump >= 0).all()):
             raise CollapseError(
                 f"personalization must be non-negative and finite, got values in "
@@ -98,7 +98,7 @@ def check_graph(A: Tensor, upper: float | None = None) -> None:
         raise CollapseError(f"A must be square matrices of shape (B, N, N) or (N, N), got {describe(A)}")
     if not A.is_floating_point():
         raise CollapseError(f"A must be floating point, got {describe(A)}")
-    if values_readable() and A.numel():
+    if values_readable(A) and A.numel():
         low, high = (extreme.item() for extreme in A.detach().aminmax())  # NaN comes through both
         if not (0 <= low and high < float("inf")):
             raise CollapseError(f"A must be non-negative and finite, got values in [{low:.4g}, {high:.4g}]")

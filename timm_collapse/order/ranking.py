@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .errors import CollapseError
 from .pagerank import check_graph, pagerank, summable
+from .precision import without_autocast
 
 RANKINGS = ("pagerank", "coverage", "in_degree", "transposed")
 
@@ -73,7 +74,7 @@ def coverage_scores(A: Tensor) -> Tensor:
     unexplained = graph.new_ones(num_graphs, num_patches)
     chosen = torch.zeros(num_graphs, num_patches, dtype=torch.bool, device=A.device)
     scores = torch.empty_like(unexplained)
-    with torch.autocast(A.device.type, enabled=False):  # half products would change close choices
+    with without_autocast(A):  # half products would change close choices
         for step in range(num_patches):
             gains = torch.einsum("bn,bnj->bj", unexplained, graph).masked_fill(chosen, -1)
             best = gains.argmax(dim=1)
