@@ -224,6 +224,17 @@ REFUSED = [
     (lambda: accuracy_curves({"a": Known()}, known_batches(), precision="8", progress=False), "must be no or bf16"),
     (lambda: accuracy_curves({"a": Known()}, [(torch.zeros(2, 3, 2, 2), torch.tensor([1, 20]))], device="cpu",
                              progress=False), r"labels must be in \[0, 20\), the classes of a, got 1 to 20"),
+    (lambda: accuracy_curves({"a": Known()}, [(torch.zeros(2, 3, 2, 2), torch.tensor([1]))], progress=False),
+     "labels must be one an image, got 1 for 2 images"),
+    (lambda: accuracy_curves({"a": Known()}, [(torch.zeros(0, 3, 2, 2), torch.zeros(0).long())], progress=False),
+     "at least one image"),
+    (lambda: image_batches([], None, images=-1), "images must be at least 0 .*got -1 and 64"),
+    (lambda: image_batches([], None, batch_size=0), "batch_size at least 1, got 0 and 0"),
+    (lambda: AccuracyCurve([0.5, 1.0], [1, 1], [1, 1], 2), "keeps must be distinct and descend"),
+    (lambda: AccuracyCurve([], [], [], 2), "at least one ratio"),
+    (lambda: AccuracyCurve([1.0, 0.5], [1], [1, 1], 2), r"hits1 must be 2 counts in \[0, 2\], .*got \[1\]"),
+    (lambda: AccuracyCurve([1.0, 0.5], [1, 1], [1, 3], 2), r"hits5 must be 2 counts in \[0, 2\], .*got \[1, 3\]"),
+    (lambda: AccuracyCurve([1.0], [0], [0], 0), "images must be at least 1, got 0"),
     (lambda: with_orderer(torch.nn.Linear(2, 2), "bayer"), "cannot be collapsed"),
     (lambda: plot_accuracy({}), "at least one curve"),
     (lambda: plot_budgets({}), "at least one point"),
@@ -237,3 +248,10 @@ REFUSED = [
 def test_refused(call, message):
     with pytest.raises(CollapseError, match=message):
         call()
+
+
+def test_batches_of_no_images_count_as_nothing():
+    batches = list(known_batches())
+    empty = (batches[0][0][:0], batches[0][1][:0])
+    found = accuracy_curves({"a": Known()}, [empty, *batches, empty], device="cpu", progress=False)
+    assert found == accuracy_curves({"a": Known()}, batches, device="cpu", progress=False)

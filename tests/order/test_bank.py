@@ -37,9 +37,10 @@ def test_means_are_of_all_images_and_held_orders_are_some_of_them():
         assert torch.allclose(bank.means[label].double(), expected, atol=1e-7)
         assert bank.seen[label] == len(own) > bank.counts[label] == 7
         assert set(held(bank, label)) <= {tuple(row) for row in own.tolist()}
-        assert torch.equal(bank.mean_order(label).indices[0], expected.float().argsort(descending=True, stable=True))
-    everything = (6 - order.ranks.double()).mean(0) / 6
-    assert torch.allclose(bank.mean_order().scores[0].double(), everything, atol=1e-6)
+        assert torch.equal(
+            bank.sample(torch.tensor([label]), source="mean").indices[0],
+            expected.float().argsort(descending=True, stable=True),
+        )
 
 
 def test_classes_with_fewer_images_keep_them_all():
@@ -50,7 +51,7 @@ def test_classes_with_fewer_images_keep_them_all():
     with pytest.raises(CollapseError, match=r"labels: the bank has no orders of the classes \[1, 2\]"):
         bank.sample(torch.tensor([0, 2, 1]))
     with pytest.raises(CollapseError, match=r"no orders of the classes \[1\]"):
-        bank.mean_order(1)
+        bank.sample(torch.tensor([1]), source="mean")
 
 
 def test_the_held_sample_is_uniform_over_the_stream_and_the_seed_decides():
@@ -88,9 +89,12 @@ def test_sampling_gives_each_held_order_of_the_class_equally_often():
 def test_mean_source_is_plackett_luce_around_the_mean_order():
     bank, _, _ = build(images=200)
     labels = torch.tensor([2]).repeat(20_000)
-    assert torch.equal(bank.sample(labels[:3], source="mean").indices, bank.mean_order(2).indices.expand(3, -1))
+    assert torch.equal(
+        bank.sample(labels[:3], source="mean").indices,
+        bank.sample(torch.tensor([2]), source="mean").indices.expand(3, -1),
+    )
     first = bank.sample(labels, generator(), "mean", temperature=0.5).indices[:, 0]
-    weights = torch.exp(-bank.mean_order(2).ranks[0] / (0.5 * 6))
+    weights = torch.exp(-bank.sample(torch.tensor([2]), source="mean").ranks[0] / (0.5 * 6))
     share = first.bincount(minlength=6) / 20_000
     assert (share - weights / weights.sum()).abs().max() < 4 * (0.25 / 20_000) ** 0.5
 
@@ -147,7 +151,10 @@ def test_resample_is_that_of_every_order(grid):
     for label in range(4):
         own = order[labels == label].resample(grid).ranks
         assert torch.equal(found.ranks[label, : len(own)].long(), own)
-        assert torch.equal(found.mean_order(label).indices, bank.mean_order(label).resample(grid).indices)
+        assert torch.equal(
+            found.sample(torch.tensor([label]), source="mean").indices,
+            bank.sample(torch.tensor([label]), source="mean").resample(grid).indices,
+        )
 
 
 @pytest.mark.parametrize("grid", [GRID, (16, 16), (16, 17)])
@@ -220,7 +227,7 @@ def test_wrong_input():
     with pytest.raises(CollapseError, match=r"labels must be in \[0, 3\], got -1 at index 2"):
         bank.sample(torch.tensor([0, 1, -1]))
     with pytest.raises(CollapseError, match=r"labels must be in \[0, 3\], got 4 at index 0"):
-        bank.mean_order(4)
+        bank.sample(torch.tensor([4]), source="mean")
     with pytest.raises(CollapseError, match="labels must be a long tensor"):
         bank.sample(torch.zeros(2))
     with pytest.raises(CollapseError, match="source must be one of bank, mean, got 'text'"):

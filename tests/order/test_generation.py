@@ -113,7 +113,7 @@ def test_source_and_temperature_reach_the_bank():
     labels = torch.zeros(50, dtype=torch.long)
     assert len(GenerationOrder(bank, GRID)(labels, generator()).indices.unique(dim=0)) == 2
     mean = GenerationOrder(bank, GRID, source="mean")(labels, generator())
-    assert torch.equal(mean.indices, bank.mean_order(0).indices.expand(50, -1))
+    assert torch.equal(mean.indices, bank.sample(torch.tensor([0]), source="mean").indices.expand(50, -1))
     noisy = GenerationOrder(bank, GRID, source="mean", temperature=0.1)(labels, generator())
     assert len(noisy.indices.unique(dim=0)) == 50
 

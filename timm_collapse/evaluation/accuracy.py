@@ -102,6 +102,10 @@ def accuracy_curves(
             model.to(device).eval()
         with tqdm(total=total, unit="image", desc="accuracy", disable=not progress) as bar:
             for images, labels in batches:
+                if len(images) != len(labels):
+                    raise CollapseError(f"labels must be one an image, got {len(labels)} for {len(images)} images")
+                if not len(images):
+                    continue
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 orders: dict[Any, Order | None] = {}
                 with autocast(device, precision):
@@ -178,6 +182,11 @@ def image_batches(
         images: Evenly spaced samples, so that sorted classes all have their share; 0, or more than there are: all.
         batch_size: Images in a batch, at least 1.
         workers: Processes that decode.
+
+    Raises:
+        CollapseError: For other numbers.
     """
+    if images < 0 or batch_size < 1:
+        raise CollapseError(f"images must be at least 0 and batch_size at least 1, got {images} and {batch_size}")
     count = min(images or len(dataset), len(dataset))
     return ImageLoader(_Even(dataset, transform, count), batch_size, num_workers=workers)

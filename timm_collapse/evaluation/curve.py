@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..order import CollapseError
+from ..order import CollapseError, check_keeps
 
 KEEPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.15, 0.1, 0.05, 0.02, 0.01)
 """Keep ratios that are measured by default: 0% to 99% of the patches masked."""
@@ -22,17 +22,31 @@ class AccuracyCurve:
     """Accuracy of one model at each keep ratio, as exact counts.
 
     Attributes:
-        keeps: K keep ratios in (0, 1], descending. The share of masked patches is 1 - keep, also on small grids whose
-            smallest ratios come to the same number of patches.
+        keeps: K distinct keep ratios in (0, 1], descending. The share of masked patches is 1 - keep, also on small
+            grids whose smallest ratios come to the same number of patches.
         hits1, hits5: K numbers of images whose label is the best, or among the five best (all, where a model has fewer
             than five classes).
-        images: Number of images.
+        images: Number of images, at least 1.
+
+    Raises:
+        CollapseError: Keeps that are no ratios or do not descend, or counts that are not K in [0, images].
     """
 
     keeps: list[float]
     hits1: list[int]
     hits5: list[int]
     images: int
+
+    def __post_init__(self):
+        if list(self.keeps) != check_keeps(self.keeps):
+            raise CollapseError(f"keeps must be distinct and descend, got {self.keeps}")
+        if self.images < 1:
+            raise CollapseError(f"images must be at least 1, got {self.images}")
+        for name, hits in (("hits1", self.hits1), ("hits5", self.hits5)):
+            if len(hits) != len(self.keeps) or not all(0 <= count <= self.images for count in hits):
+                raise CollapseError(
+                    f"{name} must be {len(self.keeps)} counts in [0, {self.images}], one for each keep, got {hits}"
+                )
 
     @property
     def top1(self) -> list[float]:

@@ -12,7 +12,7 @@ from .order import Order
 from .pagerank import pagerank
 from .ranking import RANKINGS, rank_graph
 from .spread import bayer_ranks, halton_ranks
-from .statistics import ImageDependence, image_dependence, kendall, spearman
+from .statistics import ImageDependence, image_dependence, spearman
 
 __all__ = [
     "BASELINES",
@@ -36,7 +36,6 @@ __all__ = [
     "hierarchical_pagerank",
     "image_dependence",
     "jitter_order",
-    "kendall",
     "mix_random",
     "pagerank",
     "parse_keep",

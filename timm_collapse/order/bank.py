@@ -156,17 +156,6 @@ class ClassOrderBank:
             order = Order.from_ranks(self.ranks[index, places].long(), self.grid)
         return jittered(order.to(labels.device), temperature, generator)
 
-    def mean_order(self, label: int | None = None) -> Order:
-        """The mean order of a class, or of all training images together; of one image (B = 1).
-
-        Raises:
-            CollapseError: For a class out of range or without orders.
-        """
-        if label is not None:
-            return self.sample(torch.tensor([label]), source="mean")
-        means = (self.means.double() * self.seen[:, None]).sum(0, keepdim=True) / self.seen.sum()
-        return Order(means.float(), self.grid)
-
     def shuffled(self, seed: int) -> ClassOrderBank:
         """A control: every class gets the orders of another one. What an order knows of its class is lost.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .errors import CollapseError
@@ -43,15 +42,6 @@ def spearman(a: Order, b: Order) -> Tensor:
     return 1 - 6 * squares.float() / (n * (n * n - 1))
 
 
-def kendall(a: Order, b: Order) -> Tensor:
-    """Kendall's rank correlation tau of two orders, image by image; arguments, result and errors as of `spearman`."""
-    _check_pair(a, b)
-    n = a.num_patches
-    ranks, indices = torch.broadcast_tensors(b.ranks, a.indices)
-    swapped = _inversions(ranks.gather(1, indices))
-    return 1 - 4 * swapped.float() / (n * (n - 1))
-
-
 def image_dependence(order: Order) -> ImageDependence:
     """How much the order depends on the image, in O(B N).
 
@@ -72,22 +62,6 @@ def image_dependence(order: Order) -> ImageDependence:
     length = centred.cpu().double().square().sum().item() / (n * (n * n - 1) / 3)
     correlation = (length - size) / (size * (size - 1))
     return ImageDependence(correlation, (size * correlation - 1) / (size - 1))
-
-
-def _inversions(permutations: Tensor) -> Tensor:
-    """(B,) long: the pairs of every row (B, N) that are out of order, by merge sort: linear memory."""
-    size, n = permutations.shape
-    padded = 1 << (n - 1).bit_length()
-    tail = torch.arange(n, padded, device=permutations.device).expand(size, -1)  # in order: adds no pair
-    blocks = torch.cat([permutations, tail], dim=1)
-    total, width = torch.zeros(size, dtype=torch.long, device=permutations.device), 1
-    while width < padded:
-        left, right = blocks.unflatten(1, (padded // width // 2, 2, width)).unbind(dim=2)
-        smaller = torch.searchsorted(left.contiguous(), right.contiguous())
-        total += (width - smaller).sum(dim=(1, 2))
-        width *= 2
-        blocks = blocks.unflatten(1, (padded // width, width)).sort(dim=2).values.flatten(1)
-    return total
 
 
 def _check_pair(a: Order, b: Order) -> None:
