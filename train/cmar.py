@@ -41,9 +41,9 @@ from timm_collapse.engine import (
 from timm_collapse.hub.mar_checkpoints import load_mar_weights
 from timm_collapse.hub.save import save_model
 from timm_collapse.models import MAR
-from timm_collapse.models.diffusion import NUM_TIMESTEPS
-from timm_collapse.models.mar import mask_rate
+from timm_collapse.models.diffusion_process import NUM_TIMESTEPS
 from timm_collapse.order import Order, jitter_order, mix_random, tokens_per_step
+from timm_collapse.order.masking import mask_rate
 
 
 @dataclass

@@ -4,6 +4,7 @@ import torch
 
 import timm_collapse  # noqa: F401
 from timm_collapse.models import CoMAE
+from timm_collapse.models.offsets import neighbourhood, others
 from timm_collapse.order import CollapseError
 
 SMALL = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 2, "decoder_dim": 32, "decoder_depth": 1}
@@ -47,13 +48,13 @@ def test_noise_gate_follows_the_paper():
     tokens, noise = torch.randn(1, 16, 48), torch.randn(1, 1, 15, 48)
     weights = torch.rand(1, 1, 15)
     model.decode(tokens, torch.tensor([[3]]), weights, noise)
-    others = tokens[:, [n for n in range(16) if n != 3]]
+    rest = tokens[:, [n for n in range(16) if n != 3]]
     a = torch.exp(-((1 - weights[0, 0]) ** 2) / 0.5)[None, :, None]
-    assert torch.allclose(seen[0], a * others + (1 - a) * noise[0], atol=1e-6)
+    assert torch.allclose(seen[0], a * rest + (1 - a) * noise[0], atol=1e-6)
 
 
 def test_others_skip_the_target():
-    assert comae().others(torch.tensor([[0, 2, 15]]))[0, :, :3].tolist() == [[1, 2, 3], [0, 1, 3], [0, 1, 2]]
+    assert others(torch.tensor([[0, 2, 15]]), 16)[0, :, :3].tolist() == [[1, 2, 3], [0, 1, 3], [0, 1, 2]]
 
 
 def test_contrastive_loss_of_equal_and_of_disjoint_masks():
@@ -81,8 +82,8 @@ def test_neighbourhood_against_a_slow_reference():
     tokens = torch.randn(1, 16, 48)
     for target in (0, 5, 7, 15):
         targets = torch.tensor([[target]])
-        seen = tokens[:, model.others(targets)[0, 0]]
-        got = model._neighbourhood(seen, targets).view(8, 48)
+        seen = tokens[:, others(targets, model.num_patches)[0, 0]]
+        got = neighbourhood(seen, targets, (4, 4), 1).view(8, 48)
         row, col, i = target // 4, target % 4, 0
         for dy in (-1, 0, 1):
             for dx in (-1, 0, 1):

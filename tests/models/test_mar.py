@@ -13,8 +13,8 @@ from safetensors import safe_open
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse import CollapseError
 from timm_collapse.models import MAR
-from timm_collapse.models.diffusion import NUM_TIMESTEPS
-from timm_collapse.models.mar import mask_rate
+from timm_collapse.models.diffusion_process import NUM_TIMESTEPS
+from timm_collapse.order.masking import mask_rate
 
 LITERAL = runpy.run_path(str(Path(__file__).with_name("mar_literal.py")))
 SMALL_MAR = runpy.run_path(str(Path(__file__).with_name("mar_small.py")))
@@ -328,11 +328,11 @@ def test_weights_in_bf16_generate_too():
         ),
         ({"latents": torch.zeros(4, 4, 4)}, "latents: must be of shape"),
         ({"latents": None}, "latents: must be of shape .*NoneType"),
-        ({"labels": torch.tensor([0, 5])}, r"labels: must be in \[0, 4\], got 5"),
-        ({"labels": torch.tensor([-1, 0])}, r"labels: must be in \[0, 4\], got -1"),
+        ({"labels": torch.tensor([0, 5])}, r"labels must be in \[0, 4\], got 5"),
+        ({"labels": torch.tensor([-1, 0])}, r"labels must be in \[0, 4\], got -1"),
         ({"labels": torch.tensor([0, 1, 2])}, "labels: must be 2, one a sample, got 3"),
-        ({"labels": torch.tensor([0.0, 1.0])}, "labels: must be a long tensor"),
-        ({"labels": torch.tensor([[0, 1]])}, r"labels: must be a long tensor of shape \(B,\)"),
+        ({"labels": torch.tensor([0.0, 1.0])}, "labels must be a long tensor"),
+        ({"labels": torch.tensor([[0, 1]])}, r"labels must be a long tensor of shape \(B,\)"),
         ({"order": torch.arange(15).expand(2, -1)}, r"order: must be of shape \(2, 16\), got a int64 .*\(2, 15\)"),
         ({"order": torch.arange(16)[None]}, r"order: must be of shape \(2, 16\)"),
         ({"num_masked": 0}, r"num_masked: must be in \[1, 16\], got 0"),

@@ -10,7 +10,8 @@ import torch
 
 from timm_collapse import ClassOrderBank, CollapseError, GenerationOrder, Order
 from timm_collapse.models import MAR
-from timm_collapse.models.diffusion import DiffusionHead, schedule
+from timm_collapse.models.diffusion import DiffusionHead
+from timm_collapse.models.diffusion_process import schedule
 from timm_collapse.order import GENERATION_ORDERS, tokens_per_step
 
 LITERAL = runpy.run_path(str(Path(__file__).with_name("mar_literal.py")))
@@ -307,10 +308,10 @@ HALF = torch.arange(16) < 8
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"labels": [0, 5]}, r"labels: must be in \[0, 4\], got 5"),
-        ({"labels": [-1, 0]}, r"labels: must be in \[0, 4\], got -1"),
-        ({"labels": []}, "labels: must be a long tensor"),
-        ({"labels": 3}, r"labels: must be a long tensor of shape \(B,\)"),
+        ({"labels": [0, 5]}, r"labels must be in \[0, 4\], got 5"),
+        ({"labels": [-1, 0]}, r"labels must be in \[0, 4\], got -1"),
+        ({"labels": []}, "labels must be a long tensor"),
+        ({"labels": 3}, r"labels must be a long tensor of shape \(B,\)"),
         ({"order": torch.arange(15).expand(2, -1)}, r"order must be .*shape \(B, 16\).*got a int64 .*\(2, 15\)"),
         ({"order": torch.zeros(2, 16).long()}, "order must be .*each of 0..15 once in every row"),
         ({"order": torch.arange(16).expand(3, -1)}, "order must be one for all or one a label, got 3 for 2"),

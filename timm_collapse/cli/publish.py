@@ -25,7 +25,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `publish`."""
     add = parser.add_argument
     # fmt: off
-    add("config", metavar="CONFIG", help="a file of hub_configs/: what the model is, and how it is trained")
+    add("config", metavar="CONFIG",
+        help="a file of hub_configs/: what the model is, and how it is trained; or the name of a collapsed model of "
+        "timm, such as cvit_base_patch16")
     add("--repo-id", required=True, metavar="ME/NAME", help="repository, made if there is none")
     add("--checkpoint", default="", metavar="RUN",
         help="folder that a train script wrote; for a generator also a weight file (default: the bundled weights, "

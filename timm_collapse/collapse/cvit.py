@@ -23,7 +23,7 @@ from torch import nn
 from ..hub.download import find_orderer, local_weights
 from ..hub.files import ORDERER_FOLDER
 from ..models.orderer import CollapseOrder
-from ..models.registry import pixel_cfg, take_pretrained_cfg
+from ..models.registry import pixel_cfg, register, take_pretrained_cfg
 from .convert import collapse
 
 BASES = {
@@ -189,20 +189,14 @@ def cvit_base_patch16_siglip(pretrained: bool = False, **kwargs) -> nn.Module:
     return _cvit("cvit_base_patch16_siglip", pretrained, kwargs)
 
 
-def _register_resampled(name: str, patch_size: int) -> None:
-    """Register an architecture of RESAMPLED."""
-
-    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
-        return _cvit(name, pretrained, kwargs, base=BASES[RESAMPLED[name]], patch_size=patch_size)
-
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__module__ = __name__
-    entrypoint.__doc__ = f"`{RESAMPLED[name]}` with patches of {patch_size} px and the same weights, resampled."
-    register_model(entrypoint)
+def _resampled(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """An architecture of RESAMPLED."""
+    patch_size = int(name.rpartition("patch")[2])
+    return _cvit(name, pretrained, kwargs, base=BASES[RESAMPLED[name]], patch_size=patch_size)
 
 
-for _name in RESAMPLED:
-    _register_resampled(_name, int(_name.rpartition("patch")[2]))
+for _name, _large in RESAMPLED.items():
+    register(_name, _resampled, __name__, f"`{_large}` with smaller patches and the same weights, resampled.")
 
 
 @register_model

@@ -1,17 +1,20 @@
-"""hub_configs/*.json: what is said of a model that can be published."""
+"""hub_configs/*.json, and what is said of a model that can be published but has no file."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import PretrainedCfg
 
 from ..order import CollapseError
 
+TIMM = "timm/"
+MANY = 784
+"""Patches that a model with resampled, very small ones keeps."""
 TASKS = {
     "image-classification": "classifies images",
     "unconditional-image-generation": "generates images",
@@ -32,7 +35,6 @@ class HubConfig:
         train: The commands that train it.
         checkpoint: The registered weights that it is published from when no other checkpoint is given; "" for none.
         model_args: Arguments of the architecture.
-        pretrained_cfg: Fields of timm's PretrainedCfg that differ from those of the checkpoint.
         datasets, metrics: As the Hub names them.
         license: SPDX name.
         base_model: Hub id of the model that it was fine-tuned from; "" for none.
@@ -47,7 +49,6 @@ class HubConfig:
     train: tuple[str, ...]
     checkpoint: str = ""
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    pretrained_cfg: dict[str, Any] = dataclasses.field(default_factory=dict)
     datasets: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     license: str = "mit"
@@ -62,21 +63,23 @@ class HubConfig:
             raise CollapseError(f"task: must be one of {', '.join(TASKS)}, got {self.task!r} in {self.name}.json")
         if self.checkpoint and not timm.is_model_pretrained(self.checkpoint):
             raise CollapseError(f"checkpoint: {self.name}.json names {self.checkpoint!r}, which has no weights")
-        fields = {field.name for field in dataclasses.fields(PretrainedCfg)}
-        if unknown := set(self.pretrained_cfg) - fields:
-            raise CollapseError(f"pretrained_cfg: {self.name}.json has {sorted(unknown)}, which timm does not know")
 
 
 def read_config(path: str | Path) -> HubConfig:
-    """Read one file of hub_configs/.
+    """Read one file of hub_configs/; the name of a collapsed model of timm does as well (`derive_config`).
 
     Raises:
-        CollapseError: No such file, no JSON object, unknown or missing entries, entries of another type, or a name that
-            is not registered.
+        CollapseError: No such file or name, no JSON object, unknown or missing entries, entries of another type, or an
+            architecture that is not registered.
     """
+    if is_derivable(str(path)):
+        return derive_config(str(path))
     path = Path(path)
     if not path.is_file():
-        raise CollapseError(f"config: {str(path)!r} is no file; the publishable models are in hub_configs/")
+        raise CollapseError(
+            f"config: {str(path)!r} is no file, nor a collapsed model of timm; the other publishable models are in "
+            "hub_configs/"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -93,3 +96,61 @@ def read_config(path: str | Path) -> HubConfig:
             raise CollapseError(f"config: {name} of {path} must be {wanted.__name__}, got {value!r}")
         values[name] = tuple(value) if wanted is list else value
     return HubConfig(name=path.stem, folder=path.resolve().parent, **values)
+
+
+def is_derivable(name: str) -> bool:
+    """Whether an architecture is a model of timm, collapsed, with timm's own weights."""
+    return timm.is_model(name) and name.startswith("cvit_") and _timms(name).startswith(TIMM)
+
+
+def derive_config(name: str) -> HubConfig:
+    """The configuration of a model of timm, collapsed: all is known from timm's own, and fine-tuned the same way.
+
+    Args:
+        name: Registered architecture, such as "cvit_base_patch16".
+
+    Raises:
+        CollapseError: Not `is_derivable`.
+    """
+    if not is_derivable(name):
+        raise CollapseError(f"architecture: {name!r} is no collapsed model with timm's weights")
+    cfg, base = timm.get_pretrained_cfg(name), _timms(name)
+    patch, own = (int(re.search(r"_patch(\d+)", each)[1]) for each in (name, base))
+    patches = (cfg.input_size[1] // patch) ** 2
+    resampled, many = patch < own, patch < min(own, 8)  # many patches: as many as timm's model at patch 8 are kept
+    keep = MANY if many else 0.22
+    if resampled:
+        share = MANY if many else "22%"
+        what = f" with its weights resampled to patches of {patch} px: it sees {share} of the {patches:,}"
+        use = "To be fine-tuned; without that, accuracy suffers from the smaller patches."
+        budgets = (196, 392, MANY) if many else (patches // 8, round(0.22 * patches), patches // 2, patches)
+        schedule = f"--keep_schedule {','.join(map(str, budgets))} --keep {keep / patches if many else keep:.3g} "
+    else:
+        what, schedule = ", collapsed: it sees 22% of the", ""
+        use = "A backbone: training-free from timm's weights, or fine-tuned with a head."
+        if cfg.num_classes:
+            use = "Fine-tuned on ImageNet with these orders, or training-free from timm's weights."
+    return HubConfig(
+        name=name,
+        architecture=name,
+        summary=f"timm's {base.removeprefix(TIMM)}{what} patches of a photo, those that tell most about the others. "
+        f"{use}",
+        task="image-classification" if cfg.num_classes else "image-feature-extraction",
+        train=(
+            "accelerate launch --config_file train/accelerate/multi_gpu.yaml train/cvit.py --dataset path/to/imagenet "
+            f"--model {name} --pretrained true {schedule}--steps 50000 --batch_size {64 if many else 128} --lr 1e-4 "
+            f"--layer_decay 0.75 --jitter 0.05 --random_orders 0.2 {'--grad_checkpointing true ' * many}"
+            f"--precision bf16 --output runs/{name}",
+        ),
+        checkpoint=f"{name}.{cfg.tag}",
+        model_args={"keep": keep},
+        datasets=("ILSVRC/imagenet-1k",),
+        metrics=("accuracy",) if cfg.num_classes else (),
+        license="other" if "license" in cfg.license else cfg.license,  # a licence of its own has no SPDX name
+        base_model=base,
+    )
+
+
+def _timms(name: str) -> str:
+    """The Hub id of the weights that timm has for an architecture; "" where they are elsewhere."""
+    return timm.get_pretrained_cfg(name).hf_hub_id or ""

@@ -78,7 +78,7 @@ def publish_folder(
     recipe = _recipe_of(checkpoint)
     config = config if str(checkpoint) == config.checkpoint else _as_trained(config, recipe)
     _clear(folder)
-    model.pretrained_cfg = {**model.pretrained_cfg, **config.pretrained_cfg, "license": config.license}
+    model.pretrained_cfg = {**model.pretrained_cfg, "license": config.license}
     save_model(model, folder, half=half, whole=True)
     if (folder / ORDERER_FOLDER).is_dir():
         _name_orderer(folder / CONFIG_FILE, f"hf-hub:{repo_id}/{ORDERER_FOLDER}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-from timm.models import PretrainedCfg, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, generate_default_cfgs
 
 from ..hub.download import find_beside
 from ..hub.files import BANK_FILE
 from .mar import MAR
-from .registry import build, pixel_cfg
+from .registry import build, pixel_cfg, register
 
 _LARGE = dict(encoder_embed_dim=1024, encoder_depth=16, encoder_num_heads=16, decoder_embed_dim=1024, decoder_depth=16,
               decoder_num_heads=16, diffloss_d=8, diffloss_w=1280)  # fmt: skip
@@ -36,99 +37,75 @@ _KL16 = {"img_size": 256, "mean": (0.5,) * 3, "std": (0.5,) * 3, "num_classes": 
 _PIXEL = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 
-_KL16_SIZES = ("base", "large", "huge")
+class Size(NamedTuple):
+    """One architecture, registered as `mar_SIZE` and `cmar_SIZE`.
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"{kind}_{size}": pixel_cfg(**_KL16) for kind in ("mar", "cmar") for size in _KL16_SIZES},
-        "mar_tiny_patch8_64": pixel_cfg(img_size=64, num_classes=100, **_PIXEL),
-        "cmar_tiny_patch8_64": pixel_cfg(img_size=64, num_classes=100, **_PIXEL),
-        "mar_tiny_patch4_32": pixel_cfg(img_size=32, num_classes=10, **_PIXEL),
-        "cmar_tiny_patch4_32.cifar10": pixel_cfg("cmar_tiny_patch4_32.cifar10", 32, num_classes=10, **_PIXEL),
-        "mar_mini_patch1_8": pixel_cfg(img_size=8, num_classes=10, **_PIXEL),
-        "cmar_mini_patch1_8.digits": pixel_cfg("cmar_mini_patch1_8.digits", 8, num_classes=10, **_PIXEL),
-    }
-)
+    Attributes:
+        shape: Arguments of `MAR`.
+        cfg: Of timm's pretrained configuration.
+        about: What it is.
+        tag: Of the bundled weights of the `cmar_*` model; "" for none.
+    """
+
+    shape: dict[str, Any]
+    cfg: dict[str, Any]
+    about: str
+    tag: str = ""
 
 
-def _mar(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> MAR:
+SIZES = {
+    "base": Size(
+        {}, _KL16, "MAR-B: 12 + 12 blocks of width 768, head 6 x 1024, 207.9 M parameters; 256 px through KL-16."
+    ),
+    "large": Size(_LARGE, _KL16, "MAR-L: 16 + 16 blocks of width 1024, head 8 x 1280, 478.3 M parameters."),
+    "huge": Size(_HUGE, _KL16, "MAR-H: 20 + 20 blocks of width 1280, head 12 x 1536, 942.4 M parameters."),
+    "tiny_patch8_64": Size(
+        dict(_TINY, img_size=64, patch_size=8, class_num=100),
+        {"img_size": 64, "num_classes": 100, **_PIXEL},
+        "64 px pixels as 8 x 8 tokens of 8 px.",
+    ),
+    "tiny_patch4_32": Size(
+        dict(_TINY, img_size=32, patch_size=4, class_num=10),
+        {"img_size": 32, "num_classes": 10, **_PIXEL},
+        "32 px pixels as 8 x 8 tokens of 4 px.",
+        "cifar10",
+    ),
+    "mini_patch1_8": Size(
+        dict(_MINI, img_size=8, patch_size=1, class_num=10),
+        {"img_size": 8, "num_classes": 10, **_PIXEL},
+        "8 px digits, a token a pixel.",
+        "digits",
+    ),
+}
+
+
+def _default_cfgs() -> dict[str, Any]:
+    cfgs = {f"mar_{name}": pixel_cfg(**size.cfg) for name, size in SIZES.items()}
+    for name, size in SIZES.items():
+        tagged = f"cmar_{name}.{size.tag}" if size.tag else ""
+        cfgs[tagged or f"cmar_{name}"] = pixel_cfg(tagged, **size.cfg)
+    return generate_default_cfgs(cfgs)
+
+
+default_cfgs = _default_cfgs()
+
+
+def _mar(shape: dict[str, Any], variant: str, pretrained: bool, kwargs: dict[str, Any]) -> MAR:
     """timm's num_classes is the reference's class_num; the order bank is loaded from beside the weights."""
     if (num_classes := kwargs.pop("num_classes", None)) is not None:
         kwargs.setdefault("class_num", num_classes)
-    model = build(MAR, variant, pretrained, defaults, kwargs)
+    model = build(MAR, variant, pretrained, shape, kwargs)
     model.num_classes = 0 if model.class_emb is None else model.class_emb.num_embeddings
     if pretrained and (bank := find_beside(PretrainedCfg(**model.pretrained_cfg), BANK_FILE, kwargs.get("cache_dir"))):
         model.load_bank(bank)
     return model
 
 
-@register_model
-def mar_base(pretrained: bool = False, **kwargs) -> MAR:
-    """MAR-B: 12 + 12 blocks of width 768, head 6 x 1024, 207.9 M parameters; 256 px through KL-16."""
-    return _mar("mar_base", pretrained, {}, kwargs)
-
-
-@register_model
-def mar_large(pretrained: bool = False, **kwargs) -> MAR:
-    """MAR-L: 16 + 16 blocks of width 1024, head 8 x 1280, 478.3 M parameters."""
-    return _mar("mar_large", pretrained, _LARGE, kwargs)
-
-
-@register_model
-def mar_huge(pretrained: bool = False, **kwargs) -> MAR:
-    """MAR-H: 20 + 20 blocks of width 1280, head 12 x 1536, 942.4 M parameters."""
-    return _mar("mar_huge", pretrained, _HUGE, kwargs)
-
-
-@register_model
-def mar_tiny_patch8_64(pretrained: bool = False, **kwargs) -> MAR:
-    """64 px pixels as 8 x 8 tokens of 8 px."""
-    return _mar("mar_tiny_patch8_64", pretrained, dict(_TINY, img_size=64, patch_size=8, class_num=100), kwargs)
-
-
-@register_model
-def mar_tiny_patch4_32(pretrained: bool = False, **kwargs) -> MAR:
-    """32 px pixels as 8 x 8 tokens of 4 px."""
-    return _mar("mar_tiny_patch4_32", pretrained, dict(_TINY, img_size=32, patch_size=4, class_num=10), kwargs)
-
-
-@register_model
-def mar_mini_patch1_8(pretrained: bool = False, **kwargs) -> MAR:
-    """8 px digits, a token a pixel."""
-    return _mar("mar_mini_patch1_8", pretrained, dict(_MINI, img_size=8, patch_size=1, class_num=10), kwargs)
-
-
-@register_model
-def cmar_base(pretrained: bool = False, **kwargs) -> MAR:
-    """`mar_base` along collapse orders: its order bank comes with the weights."""
-    return _mar("cmar_base", pretrained, {}, kwargs)
-
-
-@register_model
-def cmar_large(pretrained: bool = False, **kwargs) -> MAR:
-    """`mar_large` along collapse orders: its order bank comes with the weights."""
-    return _mar("cmar_large", pretrained, _LARGE, kwargs)
-
-
-@register_model
-def cmar_huge(pretrained: bool = False, **kwargs) -> MAR:
-    """`mar_huge` along collapse orders: its order bank comes with the weights."""
-    return _mar("cmar_huge", pretrained, _HUGE, kwargs)
-
-
-@register_model
-def cmar_tiny_patch8_64(pretrained: bool = False, **kwargs) -> MAR:
-    """`mar_tiny_patch8_64` along collapse orders: its order bank comes with the weights."""
-    return _mar("cmar_tiny_patch8_64", pretrained, dict(_TINY, img_size=64, patch_size=8, class_num=100), kwargs)
-
-
-@register_model
-def cmar_tiny_patch4_32(pretrained: bool = False, **kwargs) -> MAR:
-    """`mar_tiny_patch4_32` along collapse orders: its order bank comes with the weights."""
-    return _mar("cmar_tiny_patch4_32", pretrained, dict(_TINY, img_size=32, patch_size=4, class_num=10), kwargs)
-
-
-@register_model
-def cmar_mini_patch1_8(pretrained: bool = False, **kwargs) -> MAR:
-    """`mar_mini_patch1_8` along collapse orders: its order bank comes with the weights."""
-    return _mar("cmar_mini_patch1_8", pretrained, dict(_MINI, img_size=8, patch_size=1, class_num=10), kwargs)
+for _name, _size in SIZES.items():
+    register(f"mar_{_name}", partial(_mar, _size.shape), __name__, _size.about)
+    register(
+        f"cmar_{_name}",
+        partial(_mar, _size.shape),
+        __name__,
+        f"`mar_{_name}` along collapse orders: its order bank comes with the weights.",
+    )

@@ -13,6 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..order import CollapseError, check_images
+from .offsets import neighbourhood, offset_index, others
 from .registry import build, pixel_cfg
 from .tokenizer import PixelTokenizer, VaeTokenizer
 from .transformer import Transformer, gather_tokens, init_weights
@@ -145,7 +146,7 @@ class CoMAE(nn.Module):
             (B, M, N - 1) in [0, 1]: the others in ascending position (`others`).
         """
         b, m = targets.shape
-        index = self.others(targets).flatten(0, 1)
+        index = others(targets, self.num_patches).flatten(0, 1)
         x = self.encoder["embed"](tokens).repeat_interleave(m, 0)
         x = torch.cat(
             [self.encoder["query"](targets).flatten(0, 1).unsqueeze(1).to(x.dtype), gather_tokens(x, index)], 1
@@ -158,7 +159,7 @@ class CoMAE(nn.Module):
             match = torch.einsum("bd,bnd->bn", self.encoder["head"](x[:, 0]), x[:, 1:]) * x.shape[-1] ** -0.5
             # Adam moves a table entry by about the learning rate a step: scaled, logits of +-2 are some hundred steps
             # away
-            logits = match + 8.0 * self.encoder["offsets"](self._offset_index(targets, index)).squeeze(-1)
+            logits = match + 8.0 * self.encoder["offsets"](offset_index(targets, index, self.grid)).squeeze(-1)
         return (0.5 + 0.5 * torch.tanh(logits.float())).view(b, m, -1)
 
     def decode(self, tokens: Tensor, targets: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ class CoMAE(nn.Module):
             (B, M, D).
         """
         b, m = targets.shape
-        index = self.others(targets).flatten(0, 1)
+        index = others(targets, self.num_patches).flatten(0, 1)
         seen = gather_tokens(tokens.repeat_interleave(m, 0), index)
         gate = torch.exp(-((1 - weights.flatten(0, 1)) ** 2) / (2 * self.sigma**2)).unsqueeze(-1)
         seen = gate * seen + (1 - gate) * noise.flatten(0, 1)
@@ -185,7 +186,7 @@ class CoMAE(nn.Module):
             y = y + layer(y)
         y = self.decoder["head"](y).float()
         if self.skip:
-            y = y + self.decoder["skip"](self._neighbourhood(gate * seen, targets)).float()
+            y = y + self.decoder["skip"](neighbourhood(gate * seen, targets, self.grid, self.skip)).float()
         return y.view(b, m, -1)
 
     def forward(
@@ -221,7 +222,8 @@ class CoMAE(nn.Module):
 
     def contrastive_loss(self, weights: Tensor, targets: Tensor) -> Tensor:
         """L_c of the paper: InfoNCE between the masks of one image, (B, M, N - 1) and (B, M) -> scalar."""
-        full = weights.new_zeros(*targets.shape, self.num_patches).scatter(2, self.others(targets), weights)
+        n = self.num_patches
+        full = weights.new_zeros(*targets.shape, n).scatter(2, others(targets, n), weights)
         full = F.normalize(full, dim=-1)
         logits = full @ full.mT / self.log_temperature.exp().clamp_min(self.min_temperature)
         return -logits.log_softmax(-1).diagonal(dim1=1, dim2=2).mean()
@@ -254,31 +256,8 @@ class CoMAE(nn.Module):
             for start in range(0, n, chunk):
                 targets = torch.arange(start, min(start + chunk, n), device=device).expand(len(images), -1)
                 rows = self.weights(tokens, targets)
-                graph[:, start : start + chunk].scatter_(2, self.others(targets), rows)
+                graph[:, start : start + chunk].scatter_(2, others(targets, self.num_patches), rows)
         return graph
-
-    def others(self, targets: Tensor) -> Tensor:
-        """(B, M) -> (B, M, N - 1): every position but the target, ascending."""
-        rest = torch.arange(self.num_patches - 1, device=targets.device)
-        return rest + (rest >= targets.unsqueeze(-1))
-
-    def _offset_index(self, targets: Tensor, index: Tensor) -> Tensor:
-        h, w = self.grid
-        target = targets.flatten().unsqueeze(1)
-        return (index // w - target // w + h - 1) * (2 * w - 1) + (index % w - target % w + w - 1)
-
-    def _neighbourhood(self, seen: Tensor, targets: Tensor) -> Tensor:
-        """Tokens around each target, (B M, offsets D), 0 beyond the border; seen is (B M, N - 1, D)."""
-        h, w = self.grid
-        target = targets.flatten().unsqueeze(1)
-        reach = torch.arange(-self.skip, self.skip + 1, device=targets.device)
-        dy, dx = (t.flatten() for t in torch.meshgrid(reach, reach, indexing="ij"))
-        keep = (dy != 0) | (dx != 0)
-        row, col = target // w + dy[keep], target % w + dx[keep]
-        inside = (row >= 0) & (row < h) & (col >= 0) & (col < w)
-        position = (row * w + col).clamp(0, self.num_patches - 1)
-        position = (position - (position > target).long()).clamp(0, self.num_patches - 2)  # the target is not in `seen`
-        return (gather_tokens(seen, position) * inside.unsqueeze(-1)).flatten(1)
 
 
 default_cfgs = generate_default_cfgs(

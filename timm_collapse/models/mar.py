@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..order import ClassOrderBank, CollapseError
+from ..order.bank import check_labels
 from ..order.errors import describe
+from ..order.masking import mask_rate
 from .codec import PixelCodec, VaeCodec, load_codec
-from .diffusion import NUM_TIMESTEPS, DiffusionHead
+from .diffusion import DiffusionHead
+from .diffusion_process import NUM_TIMESTEPS
 from .mar_generate import GenerateMixin
 from .tokenizer import patchify, unpatchify
-from .transformer import gather_tokens, scatter_tokens
+from .transformer import gather_tokens, run_block_for, run_blocks, scatter_tokens
 
 _layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -147,25 +149,21 @@ class MAR(GenerateMixin, nn.Module):
         """Inverse of `patchify`."""
         return unpatchify(tokens, self.grid, self.patch_size)
 
-    def check_latents(self, latents: Tensor, name: str = "latents") -> None:
+    def check_latents(self, latents: Tensor) -> None:
         """Raises CollapseError unless latents are finite floats of shape (B, *latent_shape)."""
         if not isinstance(latents, Tensor) or latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
-            raise CollapseError(f"{name}: must be of shape (B, {', '.join(map(str, self.latent_shape))}), "
+            raise CollapseError(f"latents: must be of shape (B, {', '.join(map(str, self.latent_shape))}), "
                                 f"got {describe(latents)}")  # fmt: skip
         if not latents.is_floating_point() or not latents.isfinite().all():
             raise CollapseError(
-                f"{name}: must be finite floating point, got {latents.dtype} with NaN or inf or no float"
+                f"latents: must be finite floating point, got {latents.dtype} with NaN or inf or no float"
             )
 
     def check_labels(self, labels: Tensor, batch: int | None = None) -> None:
-        """Raises CollapseError unless labels are (B,) long in [0, num_classes); an unconditional model takes any."""
-        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype != torch.long or not len(labels):
-            raise CollapseError(f"labels: must be a long tensor of shape (B,), B at least 1, got {describe(labels)}")
+        """Raises CollapseError unless labels are (B,) ints in [0, num_classes); an unconditional model takes any."""
+        check_labels(labels, self.num_classes or None)
         if batch is not None and len(labels) != batch:
             raise CollapseError(f"labels: must be {batch}, one a sample, got {len(labels)}")
-        if self.num_classes and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            wrong = labels[(labels < 0) | (labels >= self.num_classes)][0].item()
-            raise CollapseError(f"labels: must be in [0, {self.num_classes - 1}], got {wrong}")
 
     def class_condition(self, labels: Tensor) -> Tensor:
         """(B,) long -> (B, D); an unconditional model has one condition for all."""
@@ -187,7 +185,7 @@ class MAR(GenerateMixin, nn.Module):
             (B, buffer + v, D).
         """
         buffer, places = self.encoder_pos_embed_learned.split([self.buffer_size, self.seq_len], dim=1)
-        x = self.z_proj(tokens.to(self.z_proj.weight.dtype)) + _rows(places, visible)
+        x = self.z_proj(tokens.to(self.z_proj.weight.dtype)) + places[0][visible]
         x = self.z_proj_ln(torch.cat([(condition.unsqueeze(1) + buffer).to(x.dtype), x], dim=1))
         return self.encoder_norm(self._run(self.encoder_blocks, x))
 
@@ -210,16 +208,11 @@ class MAR(GenerateMixin, nn.Module):
             x = x + self.diffusion_pos_embed_learned
             return x if wanted is None else gather_tokens(x, wanted)
         x = self._run(self.decoder_blocks[:-1], x)
-        x = self.decoder_norm(_last_block(self.decoder_blocks[-1], x, wanted + self.buffer_size))
-        return x + _rows(self.diffusion_pos_embed_learned, wanted)
+        x = self.decoder_norm(run_block_for(self.decoder_blocks[-1], x, wanted + self.buffer_size))
+        return x + self.diffusion_pos_embed_learned[0][wanted]
 
-    def _run(self, blocks, x: Tensor) -> Tensor:
-        for block in blocks:
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+    def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        return run_blocks(blocks, x, self.grad_checkpointing and self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """timm's switch."""
@@ -301,48 +294,3 @@ class MAR(GenerateMixin, nn.Module):
         """Take the order bank of a file; its grid is resampled to the model's."""
         self.bank = ClassOrderBank.load(path).resample(self.grid)
         return self
-
-
-def mask_rate(name: str, u: float, low: float = 0.7) -> float:
-    """Share of masked tokens of a training step.
-
-    Args:
-        name: "truncnorm": MAR's, a normal around 1 with deviation .25, cut to [low, 1]; "cosine": that of a sampling
-            step drawn uniformly, low + (1 - low) cos(pi u / 2); "uniform" in [low, 1].
-        u: Uniform in [0, 1).
-        low: The smallest rate; MAR's .7 means that at most 30% of the tokens are ever seen.
-
-    Raises:
-        CollapseError: An unknown name, or low outside [0, 1).
-    """
-    if not 0 <= low < 1:
-        raise CollapseError(f"mask_ratio_min: must be in [0, 1), got {low}")
-    if name == "truncnorm":
-        normal = torch.distributions.Normal(1.0, 0.25)
-        below = normal.cdf(torch.tensor(low, dtype=torch.float64))
-        return float(normal.icdf(below + u * (0.5 - below)).clamp(low, 1.0))
-    if name == "cosine":
-        return low + (1 - low) * math.cos(math.pi / 2 * u)
-    if name == "uniform":
-        return low + (1 - low) * (1 - u)
-    raise CollapseError(f"mask_ratio: must be truncnorm, cosine or uniform, got {name!r}")
-
-
-def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """(1, L, D), (B, k) -> (B, k, D)."""
-    return table[0][index]
-
-
-def _last_block(block: Block, x: Tensor, wanted: Tensor) -> Tensor:
-    """A timm block, but only for the tokens `wanted` (B, k): they attend to all, nothing else is computed."""
-    attn = block.attn
-    batch, length, width = x.shape
-    heads = attn.num_heads
-    normed = block.norm1(x)
-    weights, biases = attn.qkv.weight.split([width, 2 * width]), attn.qkv.bias.split([width, 2 * width])
-    q = nn.functional.linear(gather_tokens(normed, wanted), weights[0], biases[0])
-    q = q.view(batch, -1, heads, width // heads).transpose(1, 2)
-    k, v = nn.functional.linear(normed, weights[1], biases[1]).view(batch, length, 2, heads, -1).permute(2, 0, 3, 1, 4)
-    mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    x = gather_tokens(x, wanted) + attn.proj(mixed)
-    return x + block.mlp(block.norm2(x))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..order import ClassOrderBank, CollapseError, GenerationOrder, Order, tokens_per_step
 from ..order.errors import describe
 from ..order.order import stable_argsort
-from .diffusion import draw_normal, schedule
+from .diffusion_process import draw_normal, schedule
 from .transformer import gather_tokens, scatter_tokens
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
@@ -39,7 +39,6 @@ class GenerateMixin:
         latents: Tensor | None = None,
         regenerate: Tensor | None = None,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
-        progress: bool = False,
     ) -> Tensor:
         """Generate latents of images.
 
@@ -59,7 +58,6 @@ class GenerateMixin:
             regenerate: (L,) or (B, L) bool: the tokens that are made anew, as many in every row; all others are kept.
             callback: Called after each iteration with its number, the latents so far (zeros where nothing is yet), and
                 (B, L) bool, True where a token is known.
-            progress: Show a bar.
 
         Returns:
             Latents (B, C, h, w) float32, for `model.codec().decode`.
@@ -93,7 +91,7 @@ class GenerateMixin:
         was_training = self.training
         self.eval()
         try:
-            for step, count in enumerate(_bar(plan, progress)):
+            for step, count in enumerate(plan):
                 done += count
                 # the reference counts the last token as unknown even in its last step
                 share = min(done, self.seq_len - 1) / self.seq_len if guidance_schedule == "linear" else 1.0
@@ -193,11 +191,3 @@ def _annealed(diffusion_steps: int | tuple[int, int], steps: int) -> list[int]:
         raise CollapseError(f"diffusion_steps: must be one number or two, got {diffusion_steps!r}")
     first, last = (diffusion_steps, diffusion_steps) if isinstance(diffusion_steps, int) else diffusion_steps
     return [round(first + (last - first) * s / max(1, steps - 1)) for s in range(steps)]
-
-
-def _bar(plan: list[int], progress: bool):
-    if not progress:
-        return plan
-    from tqdm.auto import tqdm
-
-    return tqdm(plan, desc="generating")

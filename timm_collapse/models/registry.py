@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import nn
 
 from ..hub.download import WEIGHTS, loading, local_weights
@@ -61,6 +62,24 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, defaults: dict[s
     # save_for_hf writes these into config.json, so that local-dir: and hf-hub: rebuild the same shape
     model.model_args = {k: v for k, v in kwargs.items() if not k.startswith("pretrained") and k != "cache_dir"}
     return model
+
+
+def register(name: str, make: Callable[[str, bool, dict[str, Any]], nn.Module], module: str, about: str) -> None:
+    """Register an architecture with timm, as its decorator does, where several are made by one function.
+
+    Args:
+        name: Of the architecture.
+        make: Builds it from its name, whether it is pretrained, and the caller's arguments.
+        module: `__name__` of the module that has its `default_cfgs`.
+        about: Its docstring.
+    """
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return make(name, pretrained, kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__, entrypoint.__doc__ = module, about
+    register_model(entrypoint)
 
 
 def load_model(name: str | Path, argument: str, pretrained: bool = True, **kwargs: Any) -> nn.Module:

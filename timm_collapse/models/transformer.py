@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.nn.functional as F
 from timm.layers import RotaryEmbeddingCat
 from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Transformer(nn.Module):
@@ -18,16 +23,15 @@ class Transformer(nn.Module):
         depth: Number of blocks.
         head_dim: Width of an attention head, a multiple of 4.
         num_prefix_tokens: Leading tokens without a position (class or target tokens).
-        dropout: Dropout of the projections.
     """
 
-    def __init__(self, dim: int, depth: int, head_dim: int = 32, num_prefix_tokens: int = 0, dropout: float = 0.0):
+    def __init__(self, dim: int, depth: int, head_dim: int = 32, num_prefix_tokens: int = 0):
         super().__init__()
         if dim % head_dim:
             raise ValueError(f"dim must be a multiple of head_dim, got dim={dim}, head_dim={head_dim}")
         self.rope = RotaryEmbeddingCat(head_dim, temperature=100.0, in_pixels=False)
         self.blocks = nn.ModuleList(
-            EvaBlock(dim, dim // head_dim, num_prefix_tokens=num_prefix_tokens, proj_drop=dropout) for _ in range(depth)
+            EvaBlock(dim, dim // head_dim, num_prefix_tokens=num_prefix_tokens) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
@@ -73,6 +77,28 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 def scatter_tokens(x: Tensor, index: Tensor, into: Tensor) -> Tensor:
     """A copy of `into` (B, N, D) with x (B, k, D) at the places `index` (B, k)."""
     return into.scatter(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]), x.to(into.dtype))
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool = False) -> Tensor:
+    """One block after the other; `recompute`: keep no activations inside them, but run them again in the backward."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
+    return x
+
+
+def run_block_for(block: Block, x: Tensor, wanted: Tensor) -> Tensor:
+    """timm's ViT block on x (B, N, D), for the tokens `wanted` (B, k) alone: they attend to all."""
+    attn = block.attn
+    batch, length, width = x.shape
+    heads = attn.num_heads
+    normed = block.norm1(x)
+    weights, biases = attn.qkv.weight.split([width, 2 * width]), attn.qkv.bias.split([width, 2 * width])
+    q = F.linear(gather_tokens(normed, wanted), weights[0], biases[0])
+    q = q.view(batch, -1, heads, width // heads).transpose(1, 2)
+    k, v = F.linear(normed, weights[1], biases[1]).view(batch, length, 2, heads, -1).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = gather_tokens(x, wanted) + attn.proj(mixed)
+    return x + block.mlp(block.norm2(x))
 
 
 def init_weights(module: nn.Module) -> None:
