@@ -1,6 +1,8 @@
 """Publish and load through the real client and the loopback Hub."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from timm_collapse import CollapseError, CollapseOrder, collapse
-from timm_collapse.cli.main import main
+from timm_collapse.cli.main import build_parser, main
 from timm_collapse.collapse.base import Collapsed
 from timm_collapse.hub.config import read_config
 from timm_collapse.hub.download import bundled_models
@@ -70,6 +72,9 @@ def test_every_bundled_model_is_the_same_after_publishing(name, hub, capsys, tmp
         text in body for text in ("## Use", "## Pictures", "accelerate launch train/", "2511.22281", f"me/{name}")
     )
     assert body.split("](")[1].split(")")[0] in files  # the picture that it shows
+    for command in re.findall("^timm-collapse (.*)$", body, re.MULTILINE):
+        build_parser().parse_args(shlex.split(command))  # exits where an argument does not exist
+    assert isinstance(before, Collapsed) or "\ntimm-collapse " in body
 
 
 def test_a_pretrained_cvit_is_timms_vit_from_timms_repository(hub, tmp_path):
@@ -142,7 +147,7 @@ def test_private_branch_and_pull_request(cvit, hub, tmp_path):
     first = repo.files()
     cvit.head.weight.data += 1
     save_model(cvit, out)
-    push(out, "me/cvit", revision="trial", commit_message="another head")
+    push(out, "me/cvit", revision="trial")
     assert repo.files() == first and repo.files("trial")["model.safetensors"] != first["model.safetensors"]
     assert_same(cvit, timm.create_model("hf-hub:me/cvit@trial", pretrained=True).eval())
     address = push(out, "me/cvit", create_pr=True)

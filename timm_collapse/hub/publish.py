@@ -58,16 +58,13 @@ def load_checkpoint(config: HubConfig, checkpoint: str | Path = "") -> nn.Module
     return model
 
 
-def publish_folder(
-    config: HubConfig, folder: str | Path, repo_id: str, checkpoint: str | Path = "", half: bool | None = None
-) -> Path:
+def publish_folder(config: HubConfig, folder: str | Path, repo_id: str, checkpoint: str | Path = "") -> Path:
     """Write everything that goes to the Hub: what timm reads, orderer, order bank, recipe, and the card.
 
     Args:
         folder: Empty or missing, or what an earlier call wrote, which is replaced.
         repo_id: Where it is going to be: the card's three lines name it, and transformers finds the orderer there, on
             its main branch (timm takes it from the revision that the model is loaded from).
-        half: Store fp16 weights; None: where the checkpoint's are.
 
     Raises:
         CollapseError: As `load_checkpoint`, a generator whose VAE is a file, or a folder with other files.
@@ -79,7 +76,7 @@ def publish_folder(
     config = config if str(checkpoint) == config.checkpoint else _as_trained(config, recipe)
     _clear(folder)
     model.pretrained_cfg = {**model.pretrained_cfg, "license": config.license}
-    save_model(model, folder, half=half, whole=True)
+    save_model(model, folder, half=None, whole=True)
     if (folder / ORDERER_FOLDER).is_dir():
         _name_orderer(folder / CONFIG_FILE, f"hf-hub:{repo_id}/{ORDERER_FOLDER}")
         if isinstance(model, Collapsed):
@@ -95,7 +92,6 @@ def push(
     repo_id: str,
     private: bool = False,
     revision: str | None = None,
-    commit_message: str = "Upload model",
     create_pr: bool = False,
 ) -> str:
     """Upload a folder, as one commit: either all of it is there, or nothing.
@@ -132,7 +128,7 @@ def push(
             if revision and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             commit = api.upload_folder(
-                repo_id=repo_id, folder_path=outgoing, revision=revision, commit_message=commit_message,
+                repo_id=repo_id, folder_path=outgoing, revision=revision, commit_message="Upload model",
                 create_pr=create_pr, delete_patterns=PATTERNS,
             )  # fmt: skip
         except Exception as error:  # the Hub's own, the system's, and those of whatever HTTP library it uses

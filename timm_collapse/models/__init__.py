@@ -1,4 +1,7 @@
-"""nn.Modules. Importing this registers the orderers and generators with timm."""
+"""nn.Modules, and what runs them alone: `generate` of MAR, drafts, finer graphs of a CoMAE.
+
+Importing this registers the orderers and generators with timm.
+"""
 
 from . import cmar  # noqa: F401  (registers the mar_* and cmar_* models)
 from .codec import PixelCodec, VaeCodec, load_codec
