@@ -24,6 +24,8 @@ from .hf_families import find_hf_adapter, hf_cfg, is_hf
 from .timm import CollapsedEva, CollapsedVit
 from .timm_families import CollapsedBeit, CollapsedCait, CollapsedNaFlex
 from .unsupported import unsupported_reason
+from .vlm import CollapsedVlm
+from .vlm_families import find_vlm_adapter
 
 ADAPTERS: dict[type, type[Collapsed]] = {
     VisionTransformer: CollapsedVit,
@@ -47,6 +49,7 @@ def collapse(
     coarse_share: float = 0.5,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    positions: str = "keep",
 ) -> nn.Module:
     """Make a vision transformer see only the first patches of a collapse order, in place.
 
@@ -79,6 +82,11 @@ def collapse(
     if not isinstance(orderer, CollapseOrder):
         raise CollapseError(f"orderer must be a CollapseOrder or a name, got {describe(orderer)}")
     keep = check_keep(keep)
+    vlm = (type(model), model.normalisation) if isinstance(model, CollapsedVlm) else find_vlm_adapter(model)
+    if vlm is not None:
+        if remainder != "none":
+            raise CollapseError(f"remainder must be none for a vision-language model, got {remainder!r}")
+        return _collapse_vlm(model, *vlm, orderer, keep, positions)
     cfg = hf_cfg(model) if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
     known = model.normalisation if isinstance(model, Collapsed) else None
     known = (known.mean, known.std) if known else (cfg.get("mean"), cfg.get("std"))
@@ -95,6 +103,15 @@ def collapse(
     if "orderer" in getattr(model, "_model_args", {}):  # a registered cvit_*: what save_for_hf writes
         reference = given if isinstance(given, str) else orderer.baseline_name or f"./{ORDERER_FOLDER}"
         update_model_args(model, orderer=reference, remainder=remainder, coarse_share=coarse_share)
+    return model
+
+
+def _collapse_vlm(model, adapter, normalisation, orderer, keep, positions) -> nn.Module:
+    if not isinstance(model, CollapsedVlm):
+        model.__class__ = collapsed_class(adapter, type(model))
+    if (tower := model._tower()) is not None:
+        collapse(tower, orderer, keep, mean=normalisation.mean, std=normalisation.std)
+    model._setup(orderer, keep, positions, normalisation)
     return model
 
 
