@@ -100,7 +100,10 @@ def collapse(
     except CollapseError:
         model.__class__ = base  # as it was
         raise
-    if "orderer" in getattr(model, "_model_args", {}):  # a registered cvit_*: what save_for_hf writes
+    if "architecture" in cfg and "orderer" not in getattr(model, "_model_args", {}):  # any of timm: becomes a `cvit`
+        model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": "cvit", "mean": mean, "std": std}
+        update_model_args(model, base=cfg["architecture"], keep=keep, orderer="")
+    if "orderer" in getattr(model, "_model_args", {}):  # a registered cvit: what save_for_hf writes
         reference = given if isinstance(given, str) else orderer.baseline_name or f"./{ORDERER_FOLDER}"
         update_model_args(model, orderer=reference, remainder=remainder, coarse_share=coarse_share)
     return model

@@ -7,12 +7,14 @@ by name: `timm.create_model("cvit_base_patch16", pretrained=True, keep=0.3, orde
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from timm.models import (
     PretrainedCfg,
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
     model_entrypoint,
     register_model,
 )
@@ -121,6 +123,14 @@ def load_orderer(reference: str | CollapseOrder, cfg: PretrainedCfg, cache_dir: 
     if reference.split("/")[-1] == ORDERER_FOLDER and (folder := find_orderer(cfg, cache_dir)):
         return CollapseOrder.from_pretrained(str(folder))
     return CollapseOrder.named(reference)
+
+
+@register_model
+def cvit(pretrained: bool = False, base: str = "vit_base_patch16_224", **kwargs) -> nn.Module:
+    """Any timm model that `collapse` takes, collapsed; what `save_for_hf` of one writes is this name and its `base`."""
+    if not kwargs.get("pretrained_cfg"):
+        kwargs["pretrained_cfg"] = replace(get_pretrained_cfg(base), architecture="cvit")
+    return _cvit("cvit", pretrained, kwargs, base=base.split(".")[0])
 
 
 @register_model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 
 from torch import Tensor, nn
 
@@ -150,6 +151,15 @@ class CollapsedHf(Collapsed):
             tokens = positions.new_empty(1, grid[0] * grid[1] + classes, positions.shape[-1])
             positions = embeddings.interpolate_pos_encoding(tokens, grid[0] * p, grid[1] * q)
         return positions[:, classes:]
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As the plain model's, and of the plain model: its files know of no orderer."""
+        warnings.warn(
+            "save_pretrained writes the plain model; after from_pretrained, collapse it again: "
+            f"collapse(model, orderer, keep={self.keep})",
+            stacklevel=2,
+        )
+        return super().save_pretrained(*args, **kwargs)
 
     def _argument(self, name: str, args: tuple, kwargs: dict):
         place = self._argument_names.index(name) if name in self._argument_names else len(args)
