@@ -5,7 +5,6 @@ accelerate launch benchmarks/classifier.py --dataset path/to/cifar10 --output ru
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_collapse.data import eval_transform, open_dataset, train_transform
-from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
+from timm_collapse.engine import TrainArgs, parse_args, run_script, start_run
 from timm_collapse.evaluation import image_batches
 from timm_collapse.hub.save import save_model
 
@@ -24,21 +23,19 @@ class Args(TrainArgs):
     """Arguments of the classifier."""
 
     model: str = field(default="regnetx_002", metadata={"help": "Any timm classifier."})
-    model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
     img_size: int = field(default=64, metadata={"help": "Images are resized to this side in pixels."})
-    dataset: str = field(default="digits", metadata={"help": "digits, a folder, or a timm data set."})
     smoothing: float = field(default=0.1, metadata={"help": "Label smoothing."})
 
 
 def main() -> None:
     args = parse_args(Args, __doc__)
-    dataset, num_classes = open_dataset(args.dataset, "train")
+    dataset, num_classes = open_dataset(args.dataset, args.split, args.part)
     mean, std, size = (0.5,) * 3, (0.25,) * 3, args.img_size
     shape = {"input_size": (3, size, size), "test_input_size": None, "mean": mean, "std": std, "crop_pct": 1.0}
     model = timm.create_model(args.model, num_classes=num_classes, pretrained_cfg_overlay=shape,
-                              **json.loads(args.model_args)).to(memory_format=torch.channels_last)  # fmt: skip
+                              **args.model_kwargs).to(memory_format=torch.channels_last)  # fmt: skip
     model.pretrained_cfg["tag"] = Path(args.dataset).name  # not the weights of the architecture's first tag
-    run = Run(args, model, dataset, train_transform(size, mean, std, scale=(0.6, 1.0)))
+    run = start_run(args, model, dataset, train_transform(size, mean, std, scale=(0.6, 1.0)))
     for images, labels in run:
         with run.accelerator.autocast():
             logits = run.model(images.contiguous(memory_format=torch.channels_last))

@@ -68,8 +68,8 @@ def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int
     )
     lesson = Lesson(environment.to(run.accelerator.device))
     for batch, _ in run:
-        own = run.progress > 0.1 and run.uniform() < 0.4
-        out = run.model(batch, *lesson(batch, run, run.bare if own else None))
+        own = run.progress > 0.1 and run.random.uniform() < 0.4
+        out = run.model(batch, *lesson(batch, run.random, run.bare if own else None))
         run.step(out["loss"], out)
     ranker = CollapseOrder(_finished(run))
 
@@ -115,7 +115,7 @@ def _finished(run: Run) -> nn.Module:
 def _train_reconstructor(folder: Path, part: str, seed: int, steps: int) -> nn.Module:
     run = _run(timm.create_model("collapse_reconstructor_tiny", **SMALL), folder, part, seed, steps)
     for images, _ in run:
-        out = run.model(images, run.rand(len(images), 64), run.randint(0, 64))
+        out = run.model(images, run.random.rand(len(images), 64), run.random.randint(0, 64))
         run.step(out["loss"], out)
     return _finished(run)
 

@@ -16,27 +16,23 @@ order bank that is saved beside the weights and that `generate` draws from.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import timm
-import torch
-
 from timm_collapse import ClassOrderBank, CollapseError, CollapseOrder
-from timm_collapse.data import LatentCache, OrderTable, describe_dataset, eval_transform, open_dataset
+from timm_collapse.data import OrderedLatents, eval_transform, open_dataset
 from timm_collapse.engine import (
     NoiseCodec,
-    Run,
     TrainArgs,
+    create_model,
+    data_set_latents,
     data_set_orders,
     note,
-    order_source,
     parse_args,
     part_for,
-    processes,
     run_script,
+    start_run,
 )
 from timm_collapse.hub.mar_checkpoints import load_mar_weights
 from timm_collapse.hub.save import save_model
@@ -51,13 +47,7 @@ class Args(TrainArgs):
     """Arguments of CMAR."""
 
     model: str = field(default="cmar_mini_patch1_8", metadata={"help": "Registered mar_* or cmar_* architecture."})
-    model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
-    init: str = field(
-        default="", metadata={"help": "Start from these weights: a folder, a .safetensors or an official .pth (EMA)."}
-    )
-    init_ema: bool = field(default=True, metadata={"help": "Of an official .pth take the EMA weights."})
     vae: str = field(default="", metadata={"help": "pixels, a Hub id, folder or file; empty: the architecture's."})
-    vae_scale: float = field(default=0.0, metadata={"help": "With --vae: factor on its latents; 0: its own."})
     latents: str = field(default="", metadata={"help": "Folder of cached latents, made if missing; empty: in output."})
     orderer: str = field(
         default="collapse_ranker_tiny",
@@ -82,9 +72,6 @@ class Args(TrainArgs):
                           "--init is fine-tuned along collapse orders, else 0."},
     )  # fmt: skip
     bank_per_class: int = field(default=128, metadata={"help": "Real orders a class in the order bank; 0: no bank."})
-    dataset: str = field(default="digits", metadata={"help": "digits, a folder, or a timm data set; a+b joins."})
-    split: str = field(default="train", metadata={"help": "Split of the data set."})
-    part: str = field(default="", metadata={"help": "'i/n' or '!i/n' of the split."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,55 +92,71 @@ class Args(TrainArgs):
 
 def main() -> None:
     args = parse_args(Args, __doc__)
-    conditional = json.loads(args.model_args).get("class_num") != 0
-    dataset, num_classes = open_dataset(args.dataset, args.split, args.part, labelled=conditional)
-    vae = {"vae": args.vae, "vae_scale": args.vae_scale} if args.vae else {}
+
+    # the model
+    labelled = args.model_kwargs.get("class_num") != 0
+    images, num_classes = open_dataset(args.dataset, args.split, args.part, labelled)
+    own = {"class_num": num_classes}
+    if args.vae:
+        own["vae"] = args.vae
     if args.vae and args.vae != "pixels":
-        vae["latent_bound"] = 0.0  # only pixels are bounded
-    model: MAR = timm.create_model(args.model, **{"class_num": num_classes, **vae, **json.loads(args.model_args)})
+        own["latent_bound"] = 0.0  # only pixels are bounded
+    model: MAR = create_model(args, **own)
     if args.init:
-        load_mar_weights(model, args.init, ema=args.init_ema)
-    groups = parameter_groups(model, args.weight_decay)
-    images, dataset = len(dataset), part_for(args, dataset)
-    cache = cached_latents(args, dataset, model, num_classes)
-    run = Run(args, model, cache, identity, param_groups=groups, images=images)
-    table = None if args.orderer == "random" else orders_of_dataset(args, run, dataset)
-    labels, length = cache.labels, model.seq_len
-    for records, index in run:
-        batch = len(records)
-        mirrored = run.rand(batch) < args.mirror
-        latents = cache.latents(records, mirrored, run.randn(batch, *cache.latent_shape))
+        load_mar_weights(model, args.init)
+    length, groups = model.seq_len, parameter_groups(model, args.weight_decay)
+
+    # the samples: (latents, label) or, with a table of orders, (latents, label, ranks)
+    images_in_all, images, table = len(images), part_for(args, images), None
+    folder = args.latents or Path(args.output) / "latents"
+    cache = data_set_latents(args, folder, images, codec_of(args, model), model.img_size, num_classes)
+    if args.orderer != "random":
+        orderer, size = CollapseOrder.named(args.orderer, args.seed), (model.img_size, model.img_size)
+        folder = args.order_table or Path(args.output) / "orders"
+        transform = eval_transform(model.img_size, orderer.mean, orderer.std)
+        table = data_set_orders(
+            args, folder, args.orderer, orderer, images, transform, size, model.grid, mirrored=args.mirror > 0
+        )
+    samples = OrderedLatents(cache, table, args.mirror)
+
+    run = start_run(args, model, samples, images=images_in_all, param_groups=groups)
+    for latents, labels, *ranks in run:
+        b = len(latents)
+
+        # the order, best first: what comes last is masked
         if table:
-            order = jitter_order(table.lookup(index, mirrored), args.jitter, run.rand(batch, length).cpu())
-            order = mix_random(order, args.random_orders, run.rand(batch, length + 1).cpu())
+            order = jitter_order(Order.from_ranks(*ranks, model.grid), args.jitter, run.random.rand(b, length))
+            order = mix_random(order, args.random_orders, run.random.rand(b, length + 1))
         else:
-            order = Order(run.rand(batch, length), model.grid)
-        masked, predicted = counts(args, run, length)
+            order = Order(run.random.rand(b, length), model.grid)
+        masked, predicted = counts(args, run.random, length)
+
+        # the diffusion loss of the masked tokens: time steps, noise, and labels dropped for guidance
         shape = (model.diffusion_batch_mul, predicted)
-        t = (run.rand(batch, *shape) * NUM_TIMESTEPS).long().transpose(0, 1)
-        noise = run.randn(batch, *shape, model.token_dim).transpose(0, 1)
-        drop = run.rand(batch) < model.label_drop_prob
-        indices = order.indices.to(latents.device)
+        t = (run.random.rand(b, *shape) * NUM_TIMESTEPS).long().transpose(0, 1)
+        noise = run.random.randn(b, *shape, model.token_dim).transpose(0, 1)
+        drop = run.random.rand(b) < model.label_drop_prob
         with run.accelerator.autocast():
-            out = run.model(latents, labels[index.cpu()].to(latents.device), indices, masked, drop, t, noise, predicted)
+            out = run.model(latents, labels, order.indices, masked, drop, t, noise, predicted)
         run.step(out["loss"], out)
+
     model = run.finish()
     if run.is_main:
         if table and args.bank_per_class:
-            orders = table.batches(labels, mirrored=args.mirror > 0)
+            orders = table.batches(cache.labels, mirrored=args.mirror > 0)
             model.bank = ClassOrderBank.build(
                 orders, cache.num_classes, args.bank_per_class, args.seed, source=table.source
             )
         save_model(model, args.output, recipe=args)
 
 
-def counts(args: Args, run: Run, length: int) -> tuple[int, int]:
+def counts(args: Args, random, length: int) -> tuple[int, int]:
     """How many tokens are masked in this step, and how many of them are predicted."""
     if not args.predict_steps:
-        masked = math.ceil(length * mask_rate(args.mask_ratio, run.uniform(), args.mask_ratio_min))
+        masked = math.ceil(length * mask_rate(args.mask_ratio, random.uniform(), args.mask_ratio_min))
         return masked, masked
     plan = tokens_per_step(length, min(length, args.predict_steps))
-    step = run.randint(0, len(plan))
+    step = random.randint(0, len(plan))
     return sum(plan[step:]), plan[step]
 
 
@@ -165,44 +168,22 @@ def parameter_groups(model: MAR, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
-def identity(record: torch.Tensor) -> torch.Tensor:
-    """Records are used as they are."""
-    return record
+def codec_of(args: Args, model: MAR):
+    """What makes latents of images; in a dry run they are noise, so that no VAE is loaded.
 
-
-def cached_latents(args: Args, dataset, model: MAR, num_classes: int) -> LatentCache:
-    """The latents of the data set; every process encodes its share of the files."""
-    state = processes()
-    folder = args.latents or str(Path(args.output) / "latents")
-    made_up = args.dry_run and model.vae != "pixels"
-    if made_up:
+    Raises:
+        CollapseError: A VAE whose latents are not those of the model.
+    """
+    if args.dry_run and model.vae != "pixels":
         note(f"latents are noise, the VAE {model.vae!r} is not loaded")
-    codec = NoiseCodec(model.latent_shape, model.img_size) if made_up else model.codec()
-    if (codec.channels, model.img_size // codec.stride) != (model.latent_shape[0], model.latent_shape[1]):
+        return NoiseCodec(model.latent_shape, model.img_size)
+    codec = model.codec()
+    if (codec.channels, model.img_size // codec.stride) != model.latent_shape[:2]:
         raise CollapseError(
             f"vae: {model.vae!r} has {codec.channels} channels and stride {codec.stride}, which does not give the "
             f"model's latents {model.latent_shape} for {model.img_size} pixels"
         )
-    source = describe_dataset(args.dataset, args.split, args.part)
-    LatentCache.build(
-        folder, dataset, codec, model.img_size, source, device=state.device, quiet=not state.is_main_process,
-        num_classes=num_classes, rank=state.process_index, world=state.num_processes,
-    )  # fmt: skip
-    state.wait_for_everyone()
-    return LatentCache(folder, codec)
-
-
-def orders_of_dataset(args: Args, run: Run, dataset) -> OrderTable:
-    """The orders of the training images on the model's grid, see `data_set_orders`."""
-    orderer = CollapseOrder.named(args.orderer, args.seed).to(run.accelerator.device)
-    folder = args.order_table or Path(args.output) / "orders"
-    size, grid = run.bare.img_size, run.bare.grid
-    described = describe_dataset(args.dataset, args.split, args.part)
-    source = order_source(described, len(dataset), (size, size), grid, args.orderer, orderer)
-    transform = eval_transform(size, orderer.mean, orderer.std)
-    return data_set_orders(
-        run, folder, source, dataset, transform, orderer, lambda images: orderer(images, grid), args.mirror > 0
-    )
+    return codec
 
 
 if __name__ == "__main__":

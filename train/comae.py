@@ -6,15 +6,12 @@ accelerate launch train/comae.py --dataset digits --output runs/comae_paper --mo
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-
-import timm
 
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse.data import open_dataset, train_transform
-from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
-from timm_collapse.hub.save import save_model
+from timm_collapse.engine import TrainArgs, create_model, parse_args, run_script, start_run
+from timm_collapse.hub.save import load_weights, save_model
 from timm_collapse.lessons.comae import alternate
 
 
@@ -23,23 +20,19 @@ class Args(TrainArgs):
     """Arguments of CoMAE."""
 
     model: str = field(default="comae_tiny", metadata={"help": "Registered architecture."})
-    model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
-    dataset: str = field(
-        default="digits", metadata={"help": "digits, a parquet folder, or a timm data set; a+b joins."}
-    )
-    split: str = field(default="train", metadata={"help": "Split of the data set."})
-    part: str = field(default="", metadata={"help": "'i/n' or '!i/n': disjoint parts for judges and contestants."})
     crop_scale: float = field(default=0.5, metadata={"help": "Smallest area share of the random crops."})
     targets: int = field(default=8, metadata={"help": "Target patches an image and step."})
 
 
 def main() -> None:
     args = parse_args(Args, __doc__)
-    model = timm.create_model(args.model, **json.loads(args.model_args))
+    model = create_model(args)
+    if args.init:
+        load_weights(model, args.init)
     cfg = model.pretrained_cfg
     dataset = open_dataset(args.dataset, args.split, args.part).dataset
     transform = train_transform(model.img_size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
-    run = Run(args, model, dataset, transform, find_unused=True)
+    run = start_run(args, model, dataset, transform, find_unused=True)
     for images, _ in run:
         arguments, frozen = alternate(run.bare, images, run, args.targets)
         with run.accelerator.autocast():

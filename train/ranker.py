@@ -14,7 +14,6 @@ whole image. Any collapsible timm ViT with the ranker's patch grid; best one tha
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import timm
 
 from timm_collapse import CollapseError, Ranker, collapse
 from timm_collapse.data import open_dataset, train_transform
-from timm_collapse.engine import Run, TrainArgs, parse_args, run_script
+from timm_collapse.engine import Run, TrainArgs, check_model_name, create_model, parse_args, run_script, start_run
 from timm_collapse.hub.save import load_weights, save_model
 from timm_collapse.lessons.features import FeatureLesson
 from timm_collapse.lessons.pixels import Lesson
@@ -34,11 +33,6 @@ class Args(TrainArgs):
     """Arguments of the ranker."""
 
     model: str = field(default="collapse_ranker_tiny", metadata={"help": "Registered architecture."})
-    model_args: str = field(default="{}", metadata={"help": "JSON of further architecture arguments."})
-    init: str = field(
-        default="",
-        metadata={"help": "Start from these weights: a folder, or a registered name such as the pixel-trained one."},
-    )
     target: str = field(default="pixels", metadata={"help": "pixels (a reconstructor's errors) or features (a ViT's)."})
     teacher: str = field(
         default="", metadata={"help": "For features: any timm model name, hf-hub: and local-dir: included."}
@@ -48,17 +42,14 @@ class Args(TrainArgs):
         metadata={"help": "For features: none, fused, coarse; one is drawn each step."},
     )
     reconstructor: str = field(default="runs/environment", metadata={"help": "Folder of a trained reconstructor."})
-    dataset: str = field(
-        default="digits", metadata={"help": "digits, a parquet folder, or a timm data set; a+b joins."}
-    )
-    split: str = field(default="train", metadata={"help": "Split of the data set."})
-    part: str = field(default="", metadata={"help": "'i/n' or '!i/n': disjoint parts for judges and contestants."})
     crop_scale: float = field(default=0.5, metadata={"help": "Smallest area share of the random crops."})
     sets: int = field(default=4, metadata={"help": "Revealed sets an image, beside the visible one."})
     on_policy: float = field(default=0.4, metadata={"help": "Share of steps on the ranker's own sets, after a tenth."})
 
     def __post_init__(self):
         super().__post_init__()
+        if self.teacher:
+            check_model_name("teacher", self.teacher)
         if self.target not in ("pixels", "features"):
             raise CollapseError(f"target: must be pixels or features, got {self.target!r}")
         if self.target == "features" and not self.teacher:
@@ -67,7 +58,7 @@ class Args(TrainArgs):
 
 def main() -> None:
     args = parse_args(Args, __doc__)
-    model = timm.create_model(args.model, **json.loads(args.model_args))
+    model = create_model(args)
     if args.init:
         load_weights(model, args.init)
     (train_on_pixels if args.target == "pixels" else train_on_features)(args, model)
@@ -85,9 +76,9 @@ def train_on_pixels(args: Args, model: Ranker) -> None:
     run = start(args, model, environment.img_size, cfg)
     lesson = Lesson(environment.to(run.accelerator.device), args.sets)
     for images, _ in run:
-        own = run.progress > 0.1 and run.uniform() < args.on_policy
+        own = run.progress > 0.1 and run.random.uniform() < args.on_policy
         with run.accelerator.autocast():
-            visible, revealed, errors = lesson(images, run, run.bare if own else None)
+            visible, revealed, errors = lesson(images, run.random, run.bare if own else None)
             out = run.model(images, visible, revealed, errors)
         run.step(out["loss"], out)
     finish(args, run)
@@ -103,10 +94,10 @@ def train_on_features(args: Args, model: Ranker) -> None:
     lesson = FeatureLesson(teacher.to(run.accelerator.device), args.sets, args.teacher_remainder)
     normalisation, own_normalisation = Normalisation.of(cfg), Normalisation.of(model.pretrained_cfg)
     for images, _ in run:
-        own = run.progress > 0.05 and run.uniform() < args.on_policy
+        own = run.progress > 0.05 and run.random.uniform() < args.on_policy
         own_images = normalisation.to(own_normalisation, images)
         with run.accelerator.autocast():
-            visible, revealed, errors = lesson(images, run, run.bare if own else None, own_images)
+            visible, revealed, errors = lesson(images, run.random, run.bare if own else None, own_images)
             out = run.model(own_images, visible, revealed, errors)
         run.step(out["loss"], out)
     finish(args, run)
@@ -120,7 +111,7 @@ def check_grid(model: Ranker, grid: tuple[int, int], name: str) -> None:
 def start(args: Args, model: Ranker, size: int, cfg: dict) -> Run:
     dataset = open_dataset(args.dataset, args.split, args.part).dataset
     transform = train_transform(size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
-    return Run(args, model, dataset, transform, methods=("rank", "static", "factors"))
+    return start_run(args, model, dataset, transform, methods=("rank", "static", "factors"))
 
 
 def finish(args: Args, run: Run) -> None:

@@ -13,9 +13,16 @@ from PIL import Image
 from timm.data import ImageDataset
 
 from timm_collapse import CollapseError, CollapseOrder, __version__
-from timm_collapse.data import OrderTable, check_orders, describe_dataset, eval_transform, open_dataset, open_units
+from timm_collapse.data import (
+    OrderedImages,
+    OrderTable,
+    check_orders,
+    describe_dataset,
+    eval_transform,
+    open_dataset,
+    open_units,
+)
 from timm_collapse.data.order_shards import is_whole, write_orders
-from timm_collapse.data.orders import Indexed
 from timm_collapse.data.units import MapUnits
 from timm_collapse.engine import order_source
 
@@ -283,10 +290,12 @@ def test_an_unreadable_image_is_told_and_not_replaced_by_the_next_one(tmp_path):
     units = open_units(str(tmp_path / "images"))
     with pytest.raises(CollapseError, match="dataset: the image 'a/1.png' cannot be decoded"):
         list(units.batches([0], lambda image: torch.zeros(3, 2, 2), 2))
-    indexed = Indexed(units.dataset)
-    assert indexed[2][1] == 2 and indexed[0][0].size == (16, 16)
+    layout = {"grid": (1, 1), "img_size": (16, 16), "dataset": "", "orderer": "", "weights": ""}
+    table = OrderTable(torch.zeros(2, 3, 1, dtype=torch.uint8), torch.zeros(3), layout)
+    ordered = OrderedImages(units.dataset, table, lambda image: torch.full((3, 2, 2), float(image.width)))
+    assert ordered[2][1] == 1 and ordered[0][0].unique() == 16
     with pytest.raises(CollapseError, match="'a/1.png' cannot be decoded"):
-        indexed[1]
+        ordered[1]
 
 
 def test_keys_that_several_tars_share_are_told(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from timm_collapse import CollapseError, CollapseOrder
-from timm_collapse.data import Indexed, OrderTable, eval_transform, open_dataset, write_orders
+from timm_collapse.data import OrderedImages, OrderTable, eval_transform, open_dataset, write_orders
 from timm_collapse.data.units import MapUnits
 from timm_collapse.engine import order_source
 
@@ -102,6 +102,13 @@ def test_files_and_empty_folders_are_no_tables(tmp_path):
         OrderTable.load(tmp_path / "missing")
 
 
-def test_indexed_labels_are_positions():
-    dataset = Indexed(open_dataset("digits", "validation").dataset)
-    assert [dataset[i][1] for i in (0, 7)] == [0, 7] and len(dataset) == 360
+def test_samples_come_with_their_orders_mirrored_at_random(tmp_path):
+    dataset = open_dataset("digits", "validation", "0/20").dataset
+    make(tmp_path, dataset)
+    ordered = OrderedImages(dataset, OrderTable.load(tmp_path), TRANSFORM)
+    orderer, seen = CollapseOrder.baseline("variance"), []
+    for index in [2] * 10:
+        image, label, ranks = ordered[index]
+        assert label == dataset[index][1] and torch.equal(ranks, orderer(image.unsqueeze(0), grid=(4, 4)).ranks[0])
+        seen.append(torch.equal(image, TRANSFORM(dataset[index][0])))
+    assert len(ordered) == len(dataset) and set(seen) == {True, False}

@@ -23,7 +23,7 @@ from distributed_worker import ROOT, load_script
 from safetensors.torch import load_file
 
 import timm_collapse
-from timm_collapse.engine.distributed import block_classes, frozen_parts, prepare
+from timm_collapse.engine.distributed import block_classes, frozen_parts, prepare, side_models
 from timm_collapse.hub.save import save_model
 from timm_collapse.order import CollapseError
 
@@ -158,11 +158,13 @@ def test_killed_sharded_run_goes_on_sharded_and_by_one_process(runs, killed, mon
         train_here(monkeypatch, "cmar", one, *KILLED, "--batch_size", "4")
 
 
-def test_blocks_and_frozen_parts_are_found():
+def test_blocks_frozen_parts_and_models_beside_are_found():
     mar = timm.create_model("mar_mini_patch1_8", **MAR)
     assert block_classes(mar) == ["Block"] and not list(frozen_parts(mar))  # the diffusion head's blocks stay whole
     cvit = timm.create_model("cvit_tiny_patch4_32", orderer="collapse_ranker_tiny", **VIT)
-    assert [(parent is cvit, name) for parent, name, _ in frozen_parts(cvit)] == [(True, "orderer")]
+    assert not list(frozen_parts(cvit)) and side_models(cvit) == [cvit.orderer]
+    cvit.blocks[1].requires_grad_(False)
+    assert [(parent is cvit.blocks, name) for parent, name, _ in frozen_parts(cvit)] == [(True, "1")]
     assert block_classes(timm.create_model("collapse_ranker_tiny")) == ["EvaBlock"]
 
 

@@ -12,7 +12,8 @@ from distributed_worker import load_script
 from PIL import Image
 
 from timm_collapse.data import LatentCache
-from timm_collapse.engine import NoiseCodec, run_script
+from timm_collapse.engine import NoiseCodec, TrainArgs, run_script
+from timm_collapse.engine.dry_run import DryRun
 from timm_collapse.evaluation import count_macs
 from timm_collapse.hub.save import save_model
 
@@ -79,18 +80,13 @@ def test_frozen_parts_are_counted_apart(dry_run):
     assert report["memory_bytes"]["weights"] >= 4 * (report["parameters_trained"] + report["parameters_frozen"])
 
 
-def test_activations_are_what_the_backward_pass_needs(dry_run):
+def test_activations_are_what_the_backward_pass_needs(tmp_path):
     """Of a layer without bias and a square: its input, and what is squared; the weight is no activation."""
-    from timm_collapse.engine.dry_run import DryRun
-
-    layer, x = torch.nn.Linear(10, 20, bias=False), torch.randn(7, 10)
-    args = type("Args", (), {"batch_size": 7})
-    measured = DryRun(type("Run", (), {"bare": layer, "done": 0, "args": args}), 1)
-    measured.before_forward()
-    loss = layer(x).square().sum()
-    measured.after_forward()
-    loss.backward()
-    assert sum(measured.saved.values()) == 4 * (7 * 10 + 7 * 20)
+    args = TrainArgs(output=str(tmp_path), batch_size=7, tensorboard=False)
+    measured = DryRun(args, torch.nn.Linear(10, 20, bias=False), [(torch.randn(10), 0)] * 7)
+    for x, _ in measured:
+        measured.step(measured.model(x).square().sum())
+    assert measured.saved_bytes == 4 * (7 * 10 + 7 * 20)
     assert measured.macs == 10 * 20
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,19 +245,74 @@ def test_models_that_there_are_not_are_named():
             Args(**values)
 
 
+@dataclasses.dataclass
+class SomeArgs(TrainArgs):
+    keep_schedule: str = "cosine"
+    shares: list[float] = dataclasses.field(default_factory=lambda: [0.5])
+
+
 def test_arguments_from_file_and_their_errors(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("steps: 7\nlr: 0.5\n")
-    (tmp_path / "b.json").write_text('{"stepz": 7}')
     args = parse_args(TrainArgs, "", [f"--config={tmp_path / 'a.yaml'}", "--lr", "0.25"])
     assert (args.steps, args.lr) == (7, 0.25)
     for argv, message in (
-        (["--config", str(tmp_path / "b.json")], "stepz"),
         (["--config", str(tmp_path / "none.json")], "existing"),
         (["--bogus", "1"], "--bogus"),
         (["--precision", "bf32"], "bf32"),
         (["--steps", "0"], "steps: must be at least 1, got 0"),
+        (["--steps", "few"], "invalid int value: 'few'"),
         (["--resume", "maybe"], "'maybe'"),
     ):
         with pytest.raises(SystemExit):
             parse_args(TrainArgs, "", argv)
-        assert message in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+def test_values_of_a_file_are_typed_as_on_the_command_line(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "keep_schedule: 0.22\nbatch-size: 3\nlr: 1e-4\nema: 0\ntensorboard: false\nshares: [0.5, 1]\n"
+        "model_args: {depth: 2}\n"
+    )
+    args = parse_args(SomeArgs, "", ["--config", str(file), "--log-every", "5"])
+    assert (args.keep_schedule, args.batch_size, args.lr, args.ema, args.tensorboard) == ("0.22", 3, 1e-4, 0.0, False)
+    assert (args.shares, args.model_kwargs, args.log_every) == ([0.5, 1.0], {"depth": 2}, 5)
+    file.write_text("shares: 1\n")
+    assert parse_args(SomeArgs, "", ["--config", str(file)]).shares == [1.0]
+    file.write_text("")
+    assert parse_args(SomeArgs, "", ["--config", str(file)]) == SomeArgs()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"stepz": 7}', "has unknown arguments: stepz"),
+        ("- steps", "must have lines 'name: value', got a list"),
+        ("steps", "must have lines 'name: value', got a str"),
+        ("steps: many", "invalid int value: 'many'"),
+        ("steps: 1.5", "invalid int value: '1.5'"),
+        ("steps: [1, 2]", "steps in .* must be one value, got \\[1, 2\\]"),
+        ("steps:", "steps in .* must be one value, got None"),
+        ("shares: []", "shares in .* must be one or several values"),
+        ("tensorboard: perhaps", "perhaps"),
+        ("lr: -1", "lr: must be at least 0, got -1.0"),
+        ("steps: [", "is no YAML or JSON"),
+    ],
+)
+def test_wrong_files_are_one_line(text, message, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parse_args(SomeArgs, "", ["--config", str(tmp_path / "a.yaml")])
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_engine_draws_no_pictures():
+    code = "import sys, timm_collapse.engine; print({'matplotlib', 'timm_collapse.plots'} & sys.modules.keys())"
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment(), text=True).strip() == "set()"
+
+
+def test_activations_are_recomputed_where_the_model_can(tmp_path):
+    with pytest.raises(CollapseError, match="grad_checkpointing: Parabola cannot recompute"):
+        run(tmp_path, grad_checkpointing=True)

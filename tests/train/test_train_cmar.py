@@ -152,8 +152,8 @@ def test_trains_on_the_latents_of_a_vae(train_here, tmp_path):
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
     ).save_pretrained(tmp_path / "vae")
-    sizes = {**SIZES, "vae_stride": 2, "vae_embed_dim": 4, "patch_size": 1, "latent_bound": 0.0}
-    arguments = ["--vae", tmp_path / "vae", "--part", "0/20", "--steps", 2, "--vae_scale", 0.5]
+    sizes = {**SIZES, "vae_stride": 2, "vae_embed_dim": 4, "patch_size": 1, "latent_bound": 0.0, "vae_scale": 0.5}
+    arguments = ["--vae", tmp_path / "vae", "--part", "0/20", "--steps", 2]
     train_here(tmp_path / "run", *arguments, "--model_args", json.dumps(sizes))
     mar = load(tmp_path / "run")
     assert mar.vae == str(tmp_path / "vae") and mar.latent_shape == (4, 4, 4) and mar.bank.grid == (4, 4)
@@ -212,8 +212,8 @@ def test_masks_of_a_sampling_step(script):
             self.number += 1
             return self.number - 1
 
-    args, run, plan = script.Args(predict_steps=5), Steps(), tokens_per_step(16, 5)
+    args, random, plan = script.Args(predict_steps=5), Steps(), tokens_per_step(16, 5)
     for step, predicted in enumerate(plan):
-        assert script.counts(args, run, 16) == (16 - sum(plan[:step]), predicted)
+        assert script.counts(args, random, 16) == (16 - sum(plan[:step]), predicted)
     assert script.Args().predict_steps == 0 and script.Args(init="x").predict_steps == 16
     assert script.Args(init="x", orderer="random").predict_steps == 0

@@ -129,17 +129,62 @@ def test_mask_rates_of_the_schedules():
         args(order_table="x", mixup=0.2)
 
 
+def test_a_fixed_budget_is_a_count_or_a_ratio():
+    args = load_script().Args
+    assert {args(keep="64", keep_schedule="fixed").budget(u) for u in (0.0, 0.5, 0.99)} == {64}
+    assert args(keep=".5", keep_schedule="fixed").budget(0.3) == 0.5
+    for wrong in ("few", "0", "-3", "1.5"):
+        with pytest.raises(CollapseError, match="keep must be"):
+            args(keep=wrong)
+
+
 def test_budgets_that_have_no_tokens_are_refused_before_the_training():
     script = load_script()
     model = timm.create_model("cvit_tiny_patch16", orderer="bayer", embed_dim=24, depth=1, num_heads=2)  # 14 x 14
-    script.check_budgets(script.Args(keep_schedule="49,100", remainder=["none", "mixed"], keep=0.5), model)
+    script.check_budgets(script.Args(keep_schedule="49,100", remainder=["none", "mixed"], keep="0.5"), model)
     for values, message in (
         ({"remainder": ["none", "mixed"]}, r"\(14, 14\) can be halved 1 times, to 49 cells, and keep is"),
-        ({"remainder": ["mixed"], "keep_schedule": "full", "keep": 0.22}, "to 49 cells, and keep is 43 tokens"),
+        ({"remainder": ["mixed"], "keep_schedule": "full", "keep": "0.22"}, "to 49 cells, and keep is 43 tokens"),
         ({"keep_schedule": "16,500"}, r"keep must be .*\[2, 196\].*got int 500"),
     ):
         with pytest.raises(CollapseError, match=message):
             script.check_budgets(script.Args(**values), model)
+
+
+class Counting(CollapseOrder):
+    """Bayer's order; remembers how many places it was asked for."""
+
+    def __init__(self):
+        super().__init__("bayer")
+        self.asked = []
+
+    def forward(self, images, grid=None, upto=None, **more):
+        self.asked.append(upto)
+        return super().forward(images, grid, upto, **more)
+
+
+@pytest.mark.parametrize(
+    "arguments, asked",
+    [
+        (["--keep_schedule", "full"], []),
+        (["--keep_schedule", "full", "--jitter", "0.1", "--random_orders", "0.5"], []),
+        (["--orderer", "random"], []),
+        (["--orderer", "random", "--jitter", "0.1"], []),
+        (["--keep_schedule", "0.25"], [4, 4]),
+        (["--keep", "5", "--keep_schedule", "fixed", "--jitter", "0.1"], [5, 5]),
+        (["--keep_schedule", "full", "--distill", "0.5"], []),
+    ],
+)
+def test_orders_are_computed_only_where_and_as_far_as_they_are_needed(arguments, asked, monkeypatch, tmp_path):
+    script, orderer = load_script(), Counting()
+    collapse = script.collapse
+    monkeypatch.setattr(script, "collapse", lambda model, name, *more: collapse(model, orderer, *more))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    common = ["--model", "cvit_tiny_patch4_32", "--model_args", SMALL, "--steps", "2", "--batch_size", "2"]
+    common += ["--val_split", "", "--orderer", "bayer", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["cvit.py", *COMMON, *common, *arguments])
+    script.main()
+    assert orderer.asked == asked
 
 
 def test_timms_optimizer_scheduler_and_ema_take_a_cvit():

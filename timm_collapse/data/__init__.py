@@ -5,7 +5,8 @@ from .datasets import DatasetInfo, as_images, labels_of, open_dataset
 from .latents import LatentCache
 from .loader import ImageLoader, StepLoader, eval_transform, train_transform
 from .order_shards import check_orders, write_orders
-from .orders import Indexed, OrderTable
+from .ordered import OrderedImages, OrderedLatents
+from .orders import OrderTable
 from .sources import describe_dataset
 from .units import open_units
 
@@ -13,9 +14,10 @@ __all__ = [
     "DatasetInfo",
     "ImageLoader",
     "Images",
-    "Indexed",
     "LatentCache",
     "OrderTable",
+    "OrderedImages",
+    "OrderedLatents",
     "StepLoader",
     "as_images",
     "check_orders",

@@ -49,17 +49,17 @@ def eval_transform(img_size: int, mean, std) -> Callable:
 class _Transformed(Dataset):
     """Reads (position, index): the position seeds the augmentation, the index names the sample."""
 
-    def __init__(self, dataset: Dataset, transform: Callable, seed: int):
+    def __init__(self, dataset: Dataset, transform: Callable | None, seed: int):
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
         position, index = key
         state, python_state = torch.get_rng_state(), random.getstate()
         torch.manual_seed((self.seed * 1_000_003 + position) % 2**63)
         random.seed(self.seed * 1_000_003 + position)
         try:
-            image, label = self.dataset[index]
-            return self.transform(image), label
+            image, *rest = self.dataset[index]
+            return (image if self.transform is None else self.transform(image)), *rest
         finally:
             torch.set_rng_state(state)
             random.setstate(python_state)
@@ -91,11 +91,11 @@ class _Steps(Sampler):
 
 
 class StepLoader:
-    """Iterates over (images, labels) for the micro-steps [start, stop).
+    """Iterates over batches (images, labels, ...) for the micro-steps [start, stop).
 
     Args:
-        dataset: Map-style (PIL image, label).
-        transform: PIL image -> tensor.
+        dataset: Map-style (image, label, ...); what it draws from torch's generator depends on the seed and the step.
+        transform: Image -> tensor; None where the data set yields tensors.
         batch: Images per process and micro-step.
         steps: The micro-steps to serve.
         seed: Seed of order and augmentation.
@@ -106,7 +106,7 @@ class StepLoader:
     def __init__(
         self,
         dataset: Dataset,
-        transform: Callable,
+        transform: Callable | None,
         batch: int,
         steps: range,
         seed: int = 0,
@@ -120,7 +120,7 @@ class StepLoader:
             num_workers=workers,
         )
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[list[Tensor]]:
         return iter(self.loader)
 
     def __len__(self) -> int:

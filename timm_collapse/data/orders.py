@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,6 @@ from .datasets import as_images
 from .order_shards import AGAIN, check_layout, read_folder, read_layout, read_shard
 
 COMPARED_KEYS = 1000  # of a table and its data set
-
-
-class Indexed(Dataset):
-    """A data set whose label is the index of the sample."""
-
-    def __init__(self, dataset: Dataset, transform: Callable | None = None):
-        self.dataset, self.transform = as_images(dataset), transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int):
-        image, _ = self.dataset[index]
-        return (self.transform(image) if self.transform else image), index
 
 
 class OrderTable:

@@ -1,4 +1,4 @@
-"""Arguments that every train script has, and how scripts read theirs."""
+"""Arguments that every train script has."""
 
 from __future__ import annotations
 
@@ -6,21 +6,39 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import timm
-import torch
 
 from ..order import CollapseError
-from . import dry_run
 
 
 @dataclass
 class TrainArgs:
-    """Arguments of every train script."""
+    """Arguments of every train script; each adds its own.
 
+    Raises:
+        CollapseError: A value out of range, or a model that is not registered.
+    """
+
+    model: str = field(default="", metadata={"help": "Registered architecture, see `timm.list_models()`."})
+    model_args: str = field(default="{}", metadata={"help": "JSON of further arguments of the architecture."})
+    pretrained: bool = field(default=False, metadata={"help": "Start from the architecture's pretrained weights."})
+    init: str = field(
+        default="",
+        metadata={"help": "Start from the weights of this saved model: a folder; some scripts know more, see above."},
+    )
+    dataset: str = field(
+        default="digits",
+        metadata={"help": "digits (built in), a folder of images or of parquet files, or a name that timm's "
+                          "create_dataset knows; a+b joins two."},
+    )  # fmt: skip
+    split: str = field(default="train", metadata={"help": "Split of the data set."})
+    part: str = field(
+        default="",
+        metadata={"help": "'i/n': every n-th sample from the i-th on; '!i/n': all others (judges and contestants)."},
+    )
     output: str = field(default="runs/run", metadata={"help": "Folder for checkpoints, logs and the final model."})
     steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=64, metadata={"help": "Images per process and micro-step."})
@@ -37,6 +55,9 @@ class TrainArgs:
     precision: str = field(
         default="", metadata={"help": "no (fp32), bf16 or fp16 autocast; empty: as Accelerate is configured, else no."}
     )
+    grad_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
+    )
     workers: int = field(default=0, metadata={"help": "Data loading processes."})
     log_every: int = field(default=20, metadata={"help": "Steps between log lines."})
     checkpoint_minutes: float = field(
@@ -51,6 +72,9 @@ class TrainArgs:
     )  # fmt: skip
 
     def __post_init__(self):
+        if self.model:
+            check_model_name("model", self.model)
+        self.model_kwargs  # noqa: B018  (raises where they are none)
         self.precision = self.precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.precision not in ("no", "bf16", "fp16"):
             raise CollapseError(f"precision: must be no, bf16 or fp16, got {self.precision!r}")
@@ -64,82 +88,26 @@ class TrainArgs:
             raise CollapseError(f"warmup: must be in [0, 1], got {self.warmup}")
         if not 0 <= self.ema < 1:
             raise CollapseError(f"ema: must be in [0, 1), got {self.ema}")
-        self._check_model()
         if self.schedule not in ("cosine", "constant"):
             raise CollapseError(f"schedule: must be cosine or constant, got {self.schedule!r}")
         if self.resume not in ("auto", "none"):
             raise CollapseError(f"resume: must be 'auto' or 'none', got {self.resume!r}")
 
-    def _check_model(self) -> None:
-        """Of the scripts whose model has a name and arguments."""
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """The further arguments of the architecture."""
         try:
-            arguments = json.loads(getattr(self, "model_args", "{}"))
+            arguments = json.loads(self.model_args)
         except ValueError:
             arguments = None
         if not isinstance(arguments, dict):
             raise CollapseError(
                 f"model_args: must be a JSON object such as '{{\"depth\": 6}}', got {self.model_args!r}"
             )
-        for name in ("model", "teacher"):
-            value = getattr(self, name, "")
-            if value and not re.search("[:/]", value) and not timm.is_model(value.split(".")[0]):
-                raise CollapseError(f"{name}: {value!r} is not registered; `timm.list_models()` lists the names")
+        return arguments
 
 
-def parse_args(cls: type, description: str, argv: list[str] | None = None):
-    """Command line to a dataclass by transformers' HfArgumentParser; `--config file.json|yaml` sets defaults.
-
-    Also seeds torch, so that the model that is built next starts from the seed.
-    """
-    import sys
-
-    from transformers import HfArgumentParser
-
-    argv = [part for a in (sys.argv[1:] if argv is None else argv) for part in _split_config(a)]
-    parser = HfArgumentParser(cls, description=description)
-    parser.add_argument("--config", metavar="FILE", help="JSON or YAML file; the command line overrides it")
-    if "--config" in argv:
-        at = argv.index("--config")
-        path = Path(argv[at + 1]) if at + 1 < len(argv) else None
-        if path is None or not path.is_file():
-            parser.error(f"--config needs an existing .json or .yaml file, got {path}")
-        import yaml
-
-        values = yaml.safe_load(path.read_text())  # JSON is YAML
-        unknown = set(values) - {action.dest for action in parser._actions}
-        if unknown:
-            parser.error(f"--config {path}: unknown arguments {sorted(unknown)}")
-        values = {key: json.dumps(v) if isinstance(v, dict) else v for key, v in values.items()}
-        parser.set_defaults(**values)
-        del argv[at : at + 2]
-    try:
-        args, *_, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
-    except CollapseError as error:
-        parser.error(str(error))
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    if args.dry_run:
-        dry_run.prepare(args)
-    torch.manual_seed(args.seed)
-    return args
-
-
-def _split_config(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a train script's main; what a user can mend is one line, not a stack trace."""
-    import sys
-
-    try:
-        main()
-    except dry_run.DryRunDone:
-        pass
-    except (CollapseError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        dry_run.clean()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def check_model_name(argument: str, name: str) -> None:
+    """Raises CollapseError unless timm knows an architecture, or the name has a source (`local-dir:`, `hf-hub:`)."""
+    if not re.search("[:/]", name) and not timm.is_model(name.split(".")[0]):
+        raise CollapseError(f"{argument}: {name!r} is not registered; `timm.list_models()` lists the names")

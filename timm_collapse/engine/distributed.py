@@ -84,6 +84,11 @@ def frozen_parts(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]
             yield from frozen_parts(child)
 
 
+def side_models(module: nn.Module) -> list[nn.Module]:
+    """Models that a model uses, but that are none of its parts, such as the orderer of a collapsed model."""
+    return [value for value in vars(module).values() if isinstance(value, nn.Module)]
+
+
 def block_classes(model: nn.Module) -> list[str]:
     """Names of the classes of transformer blocks (attention and MLP), which are sharded one by one."""
     return sorted({type(m).__name__ for m in model.modules() if hasattr(m, "attn") and hasattr(m, "mlp")})
@@ -92,7 +97,7 @@ def block_classes(model: nn.Module) -> list[str]:
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer, methods: tuple[str, ...] = ()):
     """`accelerator.prepare`, with every transformer block sharded on its own, and frozen parts not at all.
 
-    Frozen parts, such as the orderer of a collapsed model, are called outside the model's forward too.
+    Frozen parts, such as a VAE, are called outside the model's forward too.
 
     Args:
         methods: Names of methods other than forward that use weights.
@@ -104,6 +109,8 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer, methods: tupl
         return accelerator.prepare(model, optimizer)
     if scalars := [name for name, parameter in model.named_parameters() if not parameter.ndim]:
         raise CollapseError(f"model: FSDP2 cannot shard the scalar parameter {scalars[0]}; train this one with DDP")
+    for other in side_models(model):
+        other.to(accelerator.device)
     aside = list(frozen_parts(model))
     for parent, name, part in aside:
         part.to(accelerator.device)

@@ -12,8 +12,11 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -21,12 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from ..evaluation.macs import MacCounter
+from .args import TrainArgs
 from .checkpoint import local
-from .distributed import parallelism, processes
-
-if TYPE_CHECKING:
-    from .args import TrainArgs
-    from .run import Run
+from .distributed import parallelism, processes, side_models
+from .run import Run
 
 QUANTILES = (0.5, 0.25, 0.75)
 """Of the draws that all processes share, one for each step."""
@@ -76,69 +77,43 @@ def part_for(args: TrainArgs, dataset: Dataset) -> Dataset:
     return Subset(dataset, range(min(images, len(dataset))))
 
 
-class NoiseCodec(nn.Module):
-    """Stands for a VAE that is not at hand: its latents are noise.
+class DryRun(Run):
+    """Three steps of a run, and then what they tell of it: the same loop of the script, no checkpoint.
 
     Args:
-        latent_shape: (C, h, w). img_size: Of the images, in pixels.
+        args, dataset, more: As for `Run`.
+        images: In an epoch; 0: those of `dataset`.
     """
 
-    scale = 1.0
-
-    def __init__(self, latent_shape: tuple[int, int, int], img_size: int):
-        super().__init__()
-        self.channels, self.stride = latent_shape[0], img_size // latent_shape[1]
-        self.identity = {"kind": "noise"}
-
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) -> mean 0 and standard deviation 1, (B, C, h, w) each."""
-        side = images.shape[-1] // self.stride
-        mean = images.new_zeros(len(images), self.channels, side, side)
-        return mean, mean + 1
-
-
-class DryRun:
-    """Measures a run: `Run` calls `before_forward`, `after_forward` and `after_step` in every micro-step.
-
-    Args:
-        run: The run.
-        images: In an epoch.
-    """
-
-    def __init__(self, run: Run, images: int):
-        self.run, self.images = run, images
-        self.macs, self.saved, self.first = 0, {}, True
-        self._stack: list[Any] = []
-        self._weights: set[int] = set()
+    def __init__(self, args: TrainArgs, model: nn.Module, dataset, *more, images: int = 0, **named):
+        self.images, self.asked = images or len(dataset), args.steps
+        super().__init__(replace(args, steps=len(QUANTILES)), model, dataset, *more, quiet=True, **named)
+        self.macs = 0
+        self._saved: dict[int, int] = {}  # storage -> bytes
+        self._first, self._contexts = True, ExitStack()
+        self._weights = {local(p).untyped_storage().data_ptr() for p in self.bare.parameters()}
 
     # -- while it runs -------------------------------------------------------------------------------------------------
 
-    def before_forward(self) -> None:
-        """MACs and activations are counted in the first micro-step, which is not timed."""
-        self.run.quantile = QUANTILES[self.run.done]
-        if not self.first:
-            return
-        for parameter in self.run.bare.parameters():
-            self._weights.add(local(parameter).untyped_storage().data_ptr())
-        self._counter = MacCounter()
-        self._stack = [self._counter, torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)]
-        for context in self._stack:
-            context.__enter__()
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for batch in super().__iter__():
+            self.random.quantile = QUANTILES[self.done]
+            if self._first:  # MACs and activations are counted in the first micro-step, which is not timed
+                self._counter = self._contexts.enter_context(MacCounter())
+                hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+                self._contexts.enter_context(hooks)
+            yield batch
 
-    def after_forward(self) -> None:
-        if not self.first:
-            return
-        for context in reversed(self._stack):
-            context.__exit__(None, None, None)
-        self.macs = self._counter.macs // self.run.args.batch_size
-        self.first = False
-
-    def after_step(self) -> None:
-        """After an optimizer step."""
+    def step(self, loss: Tensor, *more, **named) -> None:
+        if self._first:
+            self._contexts.close()
+            self.macs = self._counter.macs // self.args.batch_size
+            self._first = False
+        super().step(loss, *more, **named)
         self._synchronize()
-        if self.run.done == 1:
+        if self.done == 1 and self.micro == 0:
             self._start = time.perf_counter()
-        elif self.run.done == len(QUANTILES):
+        elif self.done == len(QUANTILES):
             self.seconds = (time.perf_counter() - self._start) / (len(QUANTILES) - 1)
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -146,56 +121,61 @@ class DryRun:
         weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
         storage = tensor.untyped_storage()
         if not weight and storage.data_ptr() not in self._weights:
-            self.saved[storage.data_ptr()] = storage.nbytes()
+            self._saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    @property
+    def saved_bytes(self) -> int:
+        """What the backward pass needed of the first forward pass, weights apart."""
+        return sum(self._saved.values())
+
     def _synchronize(self) -> None:
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     # -- what it found -------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
         """All findings: parameters and MACs in units, memory of this process in bytes, times in seconds."""
-        run, args = self.run, self.run.args
-        parameters = list(run.bare.parameters())
+        beside = [p for model in side_models(self.bare) for p in model.parameters()]
+        parameters = [*self.bare.parameters(), *beside]
         trained = [p for p in parameters if p.requires_grad]
-        state = [v for entry in run.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
+        state = [v for entry in self.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
         memory = {
-            "weights": _bytes([*parameters, *run.bare.buffers()]),
+            "weights": _bytes([*parameters, *self.bare.buffers()]),
             "gradients": _bytes(trained),
             "optimizer": _bytes(state),
-            "ema": _bytes(run.ema.state.values()) if run.ema else 0,
-            "activations": sum(self.saved.values()),
+            "ema": _bytes(self.ema.state.values()) if self.ema else 0,
+            "activations": self.saved_bytes,
         }
-        images = args.batch_size * args.grad_accum * run.world
+        images = self.images_per_step
         epoch = -(-self.images // images)
-        cuda = run.device.type == "cuda"
+        cuda = self.device.type == "cuda"
         return {
             "parameters_trained": sum(p.numel() for p in trained),
             "parameters_frozen": sum(p.numel() for p in parameters) - sum(p.numel() for p in trained),
             "macs_per_image": self.macs,
-            "processes": run.world,
-            "parallelism": parallelism(run.accelerator),
-            "device": torch.cuda.get_device_name(run.device) if cuda else run.device.type,
-            "precision": args.precision,
+            "processes": self.world,
+            "parallelism": parallelism(self.accelerator),
+            "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
+            "precision": self.args.precision,
             "images_per_step": images,
             "memory_bytes": {**memory, "sum": sum(memory.values())},
-            "memory_peak_bytes": torch.cuda.max_memory_allocated(run.device) if cuda else None,
+            "memory_peak_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
             "seconds_per_step": self.seconds,
             "images_per_second": images / self.seconds,
             "images_per_epoch": self.images,
             "steps_per_epoch": epoch,
             "seconds_per_epoch": epoch * self.seconds,
-            "steps": args.steps,
-            "seconds_in_all": args.steps * self.seconds,
+            "steps": self.asked,
+            "seconds_in_all": self.asked * self.seconds,
         }
 
-    def finish(self) -> None:
+    def finish(self) -> NoReturn:
         """Print a table to stderr and a line of JSON to stdout; raises DryRunDone."""
         report = self.report()
-        self.run.accelerator.wait_for_everyone()
-        if self.run.is_main:
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
             print_table(report)
             print(json.dumps(report), flush=True)
         raise DryRunDone

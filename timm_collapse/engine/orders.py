@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import OrderTable, write_orders
+from ..data import OrderTable, describe_dataset, write_orders
 from ..data.order_shards import is_whole
 from ..data.units import MapUnits
 from ..hub.save import weights_hash
-from ..models import CollapseOrder, CoMAE
+from ..models import CollapseOrder
 from ..order import Order
-from .run import Run
+from .args import TrainArgs
+from .distributed import processes
 
 SHARD_SIZE = 10_000  # images a file
 
@@ -38,52 +40,54 @@ def order_source(
         name: Name of the orderer.
         orderer: Whose weights count, too.
     """
-    settings = ""
-    if orderer.baseline_name == "random":
-        settings = f" seed {(orderer.generator or torch).initial_seed()}"
-    elif isinstance(orderer.model, CoMAE):
-        settings = f" {orderer.ranking} {orderer.damping:g}"
-    if orderer.grid is not None and any(new > own for new, own in zip(grid, orderer.grid, strict=True)):
-        settings += f" refine {orderer.refine:g}" if orderer.refine else f" spread {orderer.spread:g}"
     return {
         "dataset": dataset,
         "images": images,
         "img_size": tuple(img_size),
         "grid": tuple(grid),
-        "orderer": Path(name).name + settings,
+        "orderer": f"{Path(name).name} {orderer.describe(grid)}".strip(),
         "weights": weights_hash(orderer),
     }
 
 
 def data_set_orders(
-    run: Run,
+    args: TrainArgs,
     folder: str | Path,
-    source: Mapping[str, Any],
+    name: str,
+    orderer: CollapseOrder,
     dataset,
     transform: Callable,
-    orderer: CollapseOrder,
-    compute: Callable[[Tensor], Order],
+    img_size: tuple[int, int],
+    grid: tuple[int, int],
+    compute: Callable[[Tensor], Order] | None = None,
     mirrored: bool = True,
 ) -> OrderTable:
-    """Read the folder of a data set's orders, which `timm-collapse order-dataset` makes, too; or make it.
+    """Read the folder of a training set's orders, which `timm-collapse order-dataset` makes, too; or make it.
 
     Every process orders its share of the images.
 
     Args:
-        folder: The folder.
-        source: See `order_source`; a folder of anything else is refused.
+        args: The script's: which data set this is, precision, workers.
+        folder: The folder; one of another data set, orderer or grid is refused.
+        name, orderer: Who orders; moves to this process's device.
         dataset, transform: (PIL image, label); PIL image -> what `compute` takes.
-        orderer: The module that orders.
-        compute: Images (B, 3, H, W) -> Order.
+        img_size: Height and width of the images that are ordered, in pixels.
+        grid: Rows and columns of patches.
+        compute: Images (B, 3, H, W) -> Order on the grid; None: the orderer itself.
         mirrored: The orders of the mirror images are needed.
     """
-    accelerator = run.accelerator
+    state, compute = processes(), compute or partial(orderer, grid=grid)
+    quiet = args.dry_run or not state.is_main_process
+    described = describe_dataset(args.dataset, args.split, args.part)
+    source = order_source(described, len(dataset), img_size, grid, name, orderer)
     if not is_whole(folder):
+        dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
+        autocast = torch.autocast(state.device.type, dtype, enabled=args.precision != "no")
         write_orders(
-            folder, MapUnits(dataset, SHARD_SIZE), source, orderer, accelerator.autocast()(compute), transform,
-            mirrored, precision=accelerator.mixed_precision, batch_size=128, workers=run.args.workers,
-            device=accelerator.device, quiet=run.quiet or not run.is_main, rank=run.rank, world=run.world,
+            folder, MapUnits(dataset, SHARD_SIZE), source, orderer.to(state.device), autocast(compute), transform,
+            mirrored, precision=args.precision, batch_size=128, workers=args.workers, device=state.device, quiet=quiet,
+            rank=state.process_index, world=state.num_processes,
         )  # fmt: skip
-    accelerator.wait_for_everyone()
+    state.wait_for_everyone()
     wanted = {**source, "mirrored": True} if mirrored else source
-    return OrderTable.load(folder, wanted, dataset, quiet=run.quiet or not run.is_main)
+    return OrderTable.load(folder, wanted, dataset, quiet=quiet)

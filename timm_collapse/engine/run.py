@@ -22,7 +22,6 @@ from .args import TrainArgs
 from .checkpoint import copy_state, gathered, load_optimizer, read_checkpoint, without_weights, write_checkpoint
 from .distributed import frozen_parts, make_accelerator, prepare
 from .draws import Draws
-from .dry_run import QUANTILES, DryRun
 from .ema import Ema
 
 MAY_CHANGE = ("output", "workers", "log_every", "checkpoint_minutes", "resume", "tensorboard", "steps", "dry_run")
@@ -31,26 +30,28 @@ TOGETHER = ("batch_size", "grad_accum")
 """These may change with the number of processes, if their product stays: the images of an optimizer step."""
 
 
-class Run(Draws):
+class Run:
     """One training run.
 
-    Iterating yields (images, labels) on the device for every micro-step that is left; `step` must be called once for
-    each. It is one training whatever the number of processes and the parallelism, see `distributed` and `Draws`.
+    Iterating yields batches on the device for every micro-step that is left; `step` must be called once for each. It
+    is one training whatever the number of processes and the parallelism, see `distributed` and `Draws`.
 
     Args:
         args: The script's arguments.
-        model: What is trained; its `forward` computes the loss.
-        dataset, transform: Training data: map-style (PIL image, label), and PIL image -> tensor.
+        model: What is trained.
+        dataset: Map-style (image, label, ...): what a batch holds.
+        transform: Image -> tensor; None where the data set yields tensors.
         find_unused: Some steps leave parameters without gradient (needed by DDP).
         param_groups: For the optimizer, as timm makes them (`lr_scale` is a factor on the learning rate); None: all
             parameters, without weight decay on 1-D ones.
+        quiet: No progress bar and no tensorboard.
         methods: Names of methods of the model, other than forward, that the script calls and that use weights.
-        images: In an epoch, where `dataset` is only a part of it (dry run).
 
     Attributes:
         model: What `forward` is called on. bare: The same model, for its attributes and other methods.
+        random: The random numbers of the current micro-step, see `Draws`: `random.rand(batch, 64)`, `random.uniform()`.
         device: Of this process. rank, world: This process and the number of processes. is_main: Whether rank is 0.
-        done: Optimizer steps so far.
+        done: Optimizer steps so far. steps: In all.
     """
 
     def __init__(
@@ -58,20 +59,22 @@ class Run(Draws):
         args: TrainArgs,
         model: nn.Module,
         dataset,
-        transform: Callable,
+        transform: Callable | None = None,
         find_unused: bool = False,
         param_groups: list[dict[str, Any]] | None = None,
         quiet: bool = False,
         methods: tuple[str, ...] = (),
-        images: int = 0,
     ):
-        self.args, self.quiet = args, quiet or args.dry_run
+        self.args, self.quiet = args, quiet
         self.output = Path(args.output)
         self.accelerator = make_accelerator(args.precision, find_unused)
-        self.is_main = self.accelerator.is_main_process
-        super().__init__(
-            args.seed, self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        )
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.random = Draws(args.seed, self.rank, self.world, self.device)
+        if args.grad_checkpointing:
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise CollapseError(f"grad_checkpointing: {type(model).__name__} cannot recompute its activations")
+            model.set_grad_checkpointing()
         if param_groups is None:
             decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
             no_decay = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
@@ -86,7 +89,7 @@ class Run(Draws):
         self.model, self.optimizer = prepare(self.accelerator, model, optimizer, methods)
         self.bare = self.accelerator.unwrap_model(self.model)
         self.ema = Ema(self.bare, args.ema) if args.ema else None
-        self.done = 0  # optimizer steps
+        self.done, self.steps = 0, args.steps  # optimizer steps
         self.micro = 0  # micro-steps within the current one
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -96,8 +99,6 @@ class Run(Draws):
             if self.accelerator.reduce(done, "mean") != self.done:
                 raise CollapseError("output: must be on storage that all processes see; only some found its checkpoint")
         self._trim_log()
-        self.dry_run = DryRun(self, images or len(dataset)) if args.dry_run else None
-        self.steps = len(QUANTILES) if args.dry_run else args.steps
         left = range(self.done * args.grad_accum, self.steps * args.grad_accum)
         self.loader = StepLoader(
             dataset, transform, args.batch_size, left, args.seed, self.rank, self.world, args.workers
@@ -106,7 +107,7 @@ class Run(Draws):
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         from tqdm.auto import tqdm
 
         self._writer = self._tensorboard()
@@ -115,22 +116,17 @@ class Run(Draws):
             desc=self.output.name,
         )  # fmt: skip
         self._saved_at = time.monotonic()
-        for images, labels in self.loader:
+        for batch in self.loader:
             self._reseed()
-            images, labels = images.to(self.device), labels.to(self.device)
             if isinstance(self.model, DistributedDataParallel):  # gradients are summed once an optimizer step
                 self.model.require_backward_grad_sync = self.micro + 1 == self.args.grad_accum
-            if self.dry_run:
-                self.dry_run.before_forward()
-            yield images, labels
+            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
         self._bar.close()
-        if self.dry_run:
-            self.dry_run.finish()
 
     def _reseed(self) -> None:
         """All randomness of a micro-step comes from the seed and its number."""
         number = self.done * self.args.grad_accum + self.micro
-        self.restart(number)
+        self.random.restart(number)
         local = self.args.seed * 32_452_843 + number * self.world + self.rank
         torch.manual_seed(local)
         np.random.seed(local % 2**32)  # timm's Mixup
@@ -161,8 +157,6 @@ class Run(Draws):
         Raises:
             CollapseError: The loss is not finite.
         """
-        if self.dry_run:
-            self.dry_run.after_forward()
         if not torch.isfinite(loss.detach()).all():
             raise CollapseError(f"loss: not finite ({loss.item()}) at step {self.done}; lower lr or use precision bf16")
         for group in self.optimizer.param_groups:
@@ -186,9 +180,6 @@ class Run(Draws):
         if self.ema:
             self.ema.update(self.bare, self.done)
         self._bar.update(1)
-        if self.dry_run:
-            self.dry_run.after_step()
-            return
         if self.done % self.args.log_every == 0 or self.done == self.args.steps:
             self._log()
         if self._checkpoint_is_due():
@@ -270,7 +261,7 @@ class Run(Draws):
         state = {
             "done": self.done,
             "args": json.dumps(asdict(self.args)),
-            "images_per_step": self._images_per_step(),
+            "images_per_step": self.images_per_step,
             **gathered(whole, keep=self.is_main),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "sums": {name: value.cpu() for name, value in self._reduced_sums().items()},
@@ -280,7 +271,9 @@ class Run(Draws):
             write_checkpoint(state, self.output / "checkpoint.pt")
         self.accelerator.wait_for_everyone()
 
-    def _images_per_step(self) -> int:
+    @property
+    def images_per_step(self) -> int:
+        """Of all processes, in one optimizer step."""
         return self.args.batch_size * self.args.grad_accum * self.world
 
     def _load_checkpoint(self) -> None:
@@ -295,7 +288,7 @@ class Run(Draws):
         now, then = asdict(self.args), json.loads(state["args"])
         images = state.get("images_per_step")
         if images is not None:
-            now["images a step"], then["images a step"] = self._images_per_step(), images
+            now["images a step"], then["images a step"] = self.images_per_step, images
         may_change = MAY_CHANGE + (TOGETHER if images is not None else ())
         changed = [key for key in now if now[key] != then.get(key) and key not in may_change]
         if changed:

@@ -115,6 +115,22 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
         raise CollapseError(f"init: the weights of {str(source)!r} do not fit: {error}") from error
 
 
+def pretrained_source(folder: str | Path) -> dict[str, Any]:
+    """A saved ViT as the source of an architecture's pretrained weights: for timm's `pretrained_cfg_overlay`.
+
+    Patch and position embeddings are then resampled to the new model's size, and the head is new where the number of
+    classes differs.
+
+    Raises:
+        CollapseError: No saved model there.
+    """
+    file, config = Path(folder) / WEIGHTS_FILE, Path(folder) / CONFIG_FILE
+    if not file.is_file() or not config.is_file():
+        raise CollapseError(f"init: {folder} has no saved model ({CONFIG_FILE} and {WEIGHTS_FILE})")
+    classes = json.loads(config.read_text())["num_classes"]
+    return {"file": str(file), "num_classes": classes, "first_conv": "patch_embed.proj", "classifier": "head"}
+
+
 def weights_hash(model: nn.Module) -> str:
     """Twelve hexadecimal digits that another training of the same model does not share."""
     digest = hashlib.sha256()

@@ -236,6 +236,17 @@ class CollapseOrder(nn.Module):
     def train(self, mode: bool = True) -> CollapseOrder:
         return super().train(False)  # frozen: no dropout, no statistics
 
+    def describe(self, grid: tuple[int, int]) -> str:
+        """What decides the orders on a grid beside the network's weights, in words; empty where nothing does."""
+        words = ""
+        if self.baseline_name == "random":
+            words = f" seed {(self.generator or torch).initial_seed()}"
+        elif isinstance(self.model, CoMAE):
+            words = f" {self.ranking} {self.damping:g}"
+        if self.grid is not None and any(new > own for new, own in zip(grid, self.grid, strict=True)):
+            words += f" refine {self.refine:g}" if self.refine else f" spread {self.spread:g}"
+        return words.strip()
+
     def extra_repr(self) -> str:
         return f"{self.baseline_name or type(self.model).__name__}, grid={self.grid}, ranking={self.ranking!r}"
 
