@@ -38,12 +38,15 @@ class Collapsed:
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
-    def _setup(self, orderer: nn.Module, keep: float | int, remainder: str, coarse_share: float, mean, std) -> None:
+    def set_up(
+        self, orderer: nn.Module, keep: float | int, remainder: str, coarse_share: float, normalisation: Normalisation
+    ) -> None:
+        """Take the settings of a collapse, all of them checked, and put the parts that drop tokens in their places."""
         self.remainder, self.coarse_share = remainder, coarse_share
         self.carrier = Carrier()
         self._modules.pop("orderer", None)  # of an assignment
         object.__setattr__(self, "orderer", orderer)
-        self.normalisation = Normalisation(mean, std)
+        self.normalisation = normalisation
         self.keep = keep
         self._attach()
 
@@ -67,10 +70,7 @@ class Collapsed:
 
     @remainder.setter
     def remainder(self, remainder: str) -> None:
-        if remainder not in REMAINDERS:
-            raise CollapseError(f"remainder must be one of {', '.join(REMAINDERS)}, got {remainder!r}")
-        if remainder != "none" and (reason := self._why_no_remainder()):
-            raise CollapseError(f"remainder must be none, got {remainder!r}: {reason}")
+        check_remainder(remainder, self.why_no_remainder())
         self._remainder = remainder
 
     @property
@@ -79,12 +79,10 @@ class Collapsed:
 
     @coarse_share.setter
     def coarse_share(self, coarse_share: float) -> None:
-        if not isinstance(coarse_share, Real) or isinstance(coarse_share, bool) or not 0 < coarse_share <= 1:
-            raise CollapseError(f"coarse_share must be in (0, 1], got {coarse_share!r}")
-        self._coarse_share = float(coarse_share)
+        self._coarse_share = check_share(coarse_share)
 
-    def _why_no_remainder(self) -> str:
-        """Why no token can stand for the dropped patches; empty where one can."""
+    def why_no_remainder(self) -> str:
+        """Why no token can stand for the dropped patches; empty where one can. Of a plain model, too."""
         stem = hasattr(getattr(self, "patch_embed", None), "backbone")
         return "the model's convolutional stem embeds whole images only" if stem else ""
 
@@ -169,7 +167,7 @@ class Collapsed:
 
     def _replicate_for_data_parallel(self):
         raise CollapseError(
-            "a collapsed model cannot run in DataParallel, whose threads would share one selection; use "
+            "a collapsed model cannot run in DataParallel, which would leave its orderer on one device; use "
             "DistributedDataParallel"
         )
 
@@ -178,6 +176,21 @@ class Collapsed:
 
     def extra_repr(self) -> str:
         return f"keep={self.keep}, remainder={self.remainder!r}, orderer={self.orderer}"
+
+
+def check_remainder(remainder: str, why_none: str) -> None:
+    """Raises CollapseError unless it is one of REMAINDERS, and "none" where there is a reason that none is possible."""
+    if remainder not in REMAINDERS:
+        raise CollapseError(f"remainder must be one of {', '.join(REMAINDERS)}, got {remainder!r}")
+    if remainder != "none" and why_none:
+        raise CollapseError(f"remainder must be none, got {remainder!r}: {why_none}")
+
+
+def check_share(coarse_share: float) -> float:
+    """The share as a float; raises CollapseError unless it is in (0, 1]."""
+    if not isinstance(coarse_share, Real) or isinstance(coarse_share, bool) or not 0 < coarse_share <= 1:
+        raise CollapseError(f"coarse_share must be in (0, 1], got {coarse_share!r}")
+    return float(coarse_share)
 
 
 def check_order(order: Order, batch: int, grid: tuple[int, int]) -> None:

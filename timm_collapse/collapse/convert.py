@@ -16,10 +16,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..hub.files import ORDERER_FOLDER
+from ..models.normalisation import Normalisation
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, check_keep
 from ..order.errors import describe
-from .base import Collapsed, collapsed_class
+from .base import Collapsed, check_remainder, check_share, collapsed_class
 from .hf_families import find_hf_adapter, hf_cfg, is_hf
 from .timm import CollapsedEva, CollapsedVit
 from .timm_families import CollapsedBeit, CollapsedCait, CollapsedNaFlex
@@ -64,9 +65,9 @@ def collapse(
         keep: Token budget, a ratio in (0, 1] of the patches, or a count.
         remainder: What becomes of the dropped patches: "none", "fused", "coarse" or "mixed", see `Collapsed`.
         coarse_share: Share of the budget that coarse tokens may take, in (0, 1].
-        mean, std: Normalisation of the images that the model gets, per channel; None takes what the model is collapsed
-            with already, or its `pretrained_cfg` (timm's default, ImageNet's, where it has none), or for transformers'
-            models what their family is trained with.
+        mean, std: Normalisation of the images that the model gets, one number or one a channel; None takes what the
+            model is collapsed with already, or its `pretrained_cfg` (timm's default, ImageNet's, where it has none), or
+            for transformers' models what their family is trained with; their averages for other than RGB images.
 
     Returns:
         The same object.
@@ -87,21 +88,24 @@ def collapse(
         if remainder != "none":
             raise CollapseError(f"remainder must be none for a vision-language model, got {remainder!r}")
         return _collapse_vlm(model, *vlm, orderer, keep, positions)
-    cfg = hf_cfg(model) if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
-    known = model.normalisation if isinstance(model, Collapsed) else None
-    known = (known.mean, known.std) if known else (cfg.get("mean"), cfg.get("std"))
-    mean, std = mean or known[0] or IMAGENET_DEFAULT_MEAN, std or known[1] or IMAGENET_DEFAULT_STD
-    base = type(model)
+    # all is checked before anything changes: a refused model stays as it was
+    cls = type(model)
     if not isinstance(model, Collapsed):
-        adapter, base = find_hf_adapter(model) if is_hf(model) else find_adapter(model)
-        model.__class__ = collapsed_class(adapter, base)
-    try:
-        model._setup(orderer, keep, remainder, coarse_share, mean, std)
-    except CollapseError:
-        model.__class__ = base  # as it was
-        raise
+        cls = collapsed_class(*(find_hf_adapter(model) if is_hf(model) else find_adapter(model)))
+    channels = image_channels(model)
+    known = model.normalisation if isinstance(model, Collapsed) else default_normalisation(model, channels)
+    normalisation = Normalisation(known.mean if mean is None else mean, known.std if std is None else std).for_channels(
+        channels
+    )
+    check_channels(orderer, channels)
+    check_remainder(remainder, cls.why_no_remainder(model))
+    check_share(coarse_share)
+    model.__class__ = cls
+    model.set_up(orderer, keep, remainder, coarse_share, normalisation)
+    cfg = {} if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
     if "architecture" in cfg and "orderer" not in getattr(model, "_model_args", {}):  # any of timm: becomes a `cvit`
-        model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": "cvit", "mean": mean, "std": std}
+        own = {"architecture": "cvit", "mean": normalisation.mean, "std": normalisation.std}
+        model.pretrained_cfg = model.default_cfg = {**cfg, **own}
         update_model_args(model, base=cfg["architecture"], keep=keep, orderer="")
     if "orderer" in getattr(model, "_model_args", {}):  # a registered cvit: what save_for_hf writes
         reference = given if isinstance(given, str) else orderer.baseline_name or f"./{ORDERER_FOLDER}"
@@ -116,6 +120,29 @@ def _collapse_vlm(model, adapter, normalisation, orderer, keep, positions) -> nn
         collapse(tower, orderer, keep, mean=normalisation.mean, std=normalisation.std)
     model._setup(orderer, keep, positions, normalisation)
     return model
+
+
+def image_channels(model: nn.Module) -> int:
+    """Channels of the images that a model takes."""
+    embed = next((getattr(model, name) for name in ("patch_embed", "embeds") if hasattr(model, name)), model)
+    convs = (module.in_channels for module in embed.modules() if isinstance(module, nn.Conv2d))
+    return getattr(embed, "in_chans", None) or next(convs, 3)
+
+
+def default_normalisation(model: nn.Module, channels: int) -> Normalisation:
+    """What a plain model's images are normalised with, as far as is known."""
+    cfg = hf_cfg(model) if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
+    known = Normalisation(cfg.get("mean") or IMAGENET_DEFAULT_MEAN, cfg.get("std") or IMAGENET_DEFAULT_STD)
+    return known if len(known.mean) == channels else known.grey()
+
+
+def check_channels(orderer: CollapseOrder, channels: int) -> None:
+    """Raises CollapseError where an orderer cannot see the images of a model."""
+    if orderer.baseline_name is None and channels not in (1, 3):
+        raise CollapseError(
+            f"orderer: a {type(orderer.model).__name__} takes RGB images, or grey ones as RGB, but the model's have "
+            f"{channels} channels; baselines, such as 'bayer', order images of any channels"
+        )
 
 
 def find_adapter(model: nn.Module) -> tuple[type[Collapsed], type]:

@@ -104,7 +104,7 @@ def _cvit(
     vit.pretrained_cfg = vit.default_cfg = cfg.to_dict()
     # save_for_hf writes these; `collapse` and `keep` keep them up to date
     vit._model_args = options | {"orderer": reference}
-    collapse(vit, mean=cfg.mean, std=cfg.std, **options)
+    collapse(vit, **options)
     if isinstance(reference, str):
         update_model_args(vit, orderer=reference)
     return model

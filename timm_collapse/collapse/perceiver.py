@@ -32,7 +32,7 @@ class CollapsedPerceiver(CollapsedHf):
     def _attach(self) -> None:
         self._attach_part(KeepInputs, self._preprocessor())
 
-    def _why_no_remainder(self) -> str:
+    def why_no_remainder(self) -> str:
         return "a Perceiver joins positions to its tokens, and one that stands for several pixels has none"
 
     def _preprocessor(self) -> nn.Module:
