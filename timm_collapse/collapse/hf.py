@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..order import CollapseError, Order
 from ..order.errors import describe
 from .base import Collapsed, collapsed_class
-from .selection import embed_kept, spread_kept
+from .selection import embed_kept, image_size, spread_kept
 
 TRUNKS = ("vit", "dinov2", "dinov2_with_registers", "vision_model", "perceiver")
 """Attributes under which a model with a head holds the model that embeds the patches."""
@@ -114,7 +114,7 @@ class CollapsedHf(Collapsed):
     def image_grid(self, images: Tensor) -> tuple[int, int]:
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise CollapseError(f"pixel_values must be a tensor of shape (B, C, H, W), got {describe(images)}")
-        size, patch = tuple(images.shape[-2:]), self._patch_size()
+        size, patch = image_size(images), self._patch_size()
         grid = size[0] // patch[0], size[1] // patch[1]  # what is over at the right and at the bottom is not seen
         if min(grid) < 1:
             raise CollapseError(f"pixel_values must have at least one patch of {patch} pixels, got {size}")
@@ -126,7 +126,7 @@ class CollapsedHf(Collapsed):
         return (own, own) if isinstance(own, int) else tuple(own)
 
     def _refuse_size(self, images: Tensor, interpolate: bool) -> None:
-        own, size = self._own_size(), tuple(images.shape[-2:])
+        own, size = self._own_size(), image_size(images)
         if not self.any_size and not interpolate and size != own:
             raise CollapseError(
                 f"pixel_values must be {own} pixels, the model's image_size, got {size}; "

@@ -70,7 +70,7 @@ def choose_leaves(order: Order, shapes: Sequence[tuple[int, int]], splits: Seque
     for shape, split in zip(shapes[:0:-1], splits[::-1], strict=True):
         ranks = order.resample(shape).ranks.masked_fill(~candidates, _size(shape))
         first = ranks.topk(split, dim=1, largest=False).indices
-        chosen = torch.zeros_like(candidates).scatter(1, first, True)
+        chosen = torch.zeros_like(candidates).scatter(1, first, 1)  # not True: jit.trace knows no bool there
         leaves.insert(0, _numbers(candidates & ~chosen, count - split))
         candidates = _halved(chosen, shape)
         count = 4 * split

@@ -149,7 +149,13 @@ def sparse_patch_embed(embed: nn.Module, carrier: Carrier, compact: bool = False
     return True
 
 
+def image_size(images: Tensor) -> tuple[int, int]:
+    """Height and width, as numbers where torch.jit.trace would have tensors of them: a graph is made for one size."""
+    size = tuple(images.shape[-2:])
+    return tuple(map(int, size)) if torch.jit.is_tracing() else size
+
+
 def fit_images(images: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
     """Images cropped or padded to whole patches, as patch embeddings do, at the right and at the bottom."""
-    bottom, right = (n * p - side for n, p, side in zip(grid, patch_size, images.shape[-2:]))
+    bottom, right = (n * p - side for n, p, side in zip(grid, patch_size, image_size(images)))
     return images if bottom == right == 0 else nn.functional.pad(images, (0, right, 0, bottom))

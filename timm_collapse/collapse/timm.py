@@ -12,7 +12,7 @@ from ..models.transformer import gather_tokens, scatter_tokens
 from ..order import CollapseError, Order
 from ..order.errors import describe
 from .base import Collapsed
-from .selection import KeepPatches, Selection, sparse_patch_embed, spread_kept
+from .selection import KeepPatches, Selection, image_size, sparse_patch_embed, spread_kept
 
 
 class CollapsedTimm(Collapsed):
@@ -23,7 +23,7 @@ class CollapsedTimm(Collapsed):
     def image_grid(self, images: Tensor) -> tuple[int, int]:
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise CollapseError(f"images must be a tensor of shape (B, C, H, W), got {describe(images)}")
-        embed, size = self.patch_embed, tuple(images.shape[-2:])
+        embed, size = self.patch_embed, image_size(images)
         strict = getattr(embed, "strict_img_size", True)
         if strict and embed.img_size is not None and size != tuple(embed.img_size):
             raise CollapseError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..order import CollapseError, Order
 from ..order.errors import describe
 from .base import Collapsed
-from .selection import Carrier, Selection, sparse_patch_embed
+from .selection import Carrier, Selection, image_size, sparse_patch_embed
 from .timm import CollapsedTimm
 
 
@@ -46,7 +46,7 @@ class CollapsedNaFlex(CollapsedTimm):
                 f"images must be a tensor of shape (B, C, H, W) while patches are dropped (keep={self.keep}), got "
                 f"{'a dict' if isinstance(x, dict) else describe(x)}: a patchified batch has no common grid"
             )
-        embeds, size = self.embeds, tuple(x.shape[-2:])
+        embeds, size = self.embeds, image_size(x)
         if embeds.is_linear and not embeds.dynamic_img_pad:
             if any(side % patch for side, patch in zip(size, embeds.patch_size)):
                 raise CollapseError(f"images must have sides that are multiples of {embeds.patch_size}, got {size}")
