@@ -56,13 +56,15 @@ class Collapsed:
 
     @property
     def keep(self) -> float | int:
-        return self._keep
+        # it is text, which torch.compile takes for a constant: a float that has changed once becomes a symbol there,
+        # and no number of tokens can depend on that
+        return int(self._keep) if self._keep.isdecimal() else float(self._keep)
 
     @keep.setter
     def keep(self, keep: float | int) -> None:
-        self._keep = check_keep(keep)
+        self._keep = repr(check_keep(keep))
         if "keep" in getattr(self, "_model_args", {}):  # a registered cvit_*: save_for_hf keeps it
-            update_model_args(self, keep=self._keep)
+            update_model_args(self, keep=self.keep)
 
     @property
     def remainder(self) -> str:
@@ -75,11 +77,11 @@ class Collapsed:
 
     @property
     def coarse_share(self) -> float:
-        return self._coarse_share
+        return float(self._coarse_share)  # text, as `keep`
 
     @coarse_share.setter
     def coarse_share(self, coarse_share: float) -> None:
-        self._coarse_share = check_share(coarse_share)
+        self._coarse_share = repr(check_share(coarse_share))
 
     def why_no_remainder(self) -> str:
         """Why no token can stand for the dropped patches; empty where one can. Of a plain model, too."""
@@ -137,12 +139,13 @@ class Collapsed:
         Raises:
             CollapseError: An order of another batch or grid, images of another size, or a budget that they do not have.
         """
-        if self._keep == 1.0 and order is None:
+        keep = self.keep
+        if keep == 1 and order is None:
             return None
         grid, patch_size = self.image_grid(images), self._patch_size()
         if order is not None:
             check_order(order, images.shape[0], grid)
-        budget = resolve_keep(self._keep, grid[0] * grid[1])
+        budget = resolve_keep(keep, grid[0] * grid[1])
         if budget == grid[0] * grid[1]:
             return None
         plan = self.plan(budget, grid)
