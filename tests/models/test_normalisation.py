@@ -40,7 +40,7 @@ def test_of_an_orderer_and_of_a_configuration():
 @pytest.mark.parametrize(
     "mean, std, message",
     [
-        ((0.5, 0.5), (0.5, 0.5, 0.5), "mean must be one number, or one for each of the 3 channels"),
+        ((0.5, 0.5), (0.5, 0.5, 0.5), "mean and std must be one number each, or one for each of the 3 channels"),
         ((), 0.5, "mean must be one finite number"),
         ("ab", 0.5, "mean must be"),
         ((0.5, float("nan")), 0.5, "mean must be"),

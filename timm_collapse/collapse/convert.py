@@ -94,9 +94,9 @@ def collapse(
         cls = collapsed_class(*(find_hf_adapter(model) if is_hf(model) else find_adapter(model)))
     channels = image_channels(model)
     known = model.normalisation if isinstance(model, Collapsed) else default_normalisation(model, channels)
-    normalisation = Normalisation(known.mean if mean is None else mean, known.std if std is None else std).for_channels(
-        channels
-    )
+    mean = known.mean if mean is None else Normalisation(mean, 1.0).for_channels(channels).mean
+    std = known.std if std is None else Normalisation(std, std).for_channels(channels).std
+    normalisation = Normalisation(mean, std).for_channels(channels)
     check_channels(orderer, channels)
     check_remainder(remainder, cls.why_no_remainder(model))
     check_share(coarse_share)

@@ -36,7 +36,7 @@ class Normalisation:
             raise CollapseError(f"std must be positive, got {self.std}")
         channels = max(len(self.mean), len(self.std))
         for name in ("mean", "std"):
-            object.__setattr__(self, name, _broadcast(name, getattr(self, name), channels))
+            object.__setattr__(self, name, _broadcast(getattr(self, name), channels))
 
     @classmethod
     def of(cls, source: object) -> Normalisation:
@@ -51,7 +51,7 @@ class Normalisation:
         Raises:
             CollapseError: It has another number of them, and more than one.
         """
-        return Normalisation(_broadcast("mean", self.mean, channels), _broadcast("std", self.std, channels))
+        return Normalisation(_broadcast(self.mean, channels), _broadcast(self.std, channels))
 
     def grey(self) -> Normalisation:
         """One value for all channels: the averages of mean and std."""
@@ -97,9 +97,11 @@ def _numbers(name: str, values: object) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _broadcast(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+def _broadcast(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     if len(values) not in (1, channels):
-        raise CollapseError(f"{name} must be one number, or one for each of the {channels} channels, got {values}")
+        raise CollapseError(
+            f"mean and std must be one number each, or one for each of the {channels} channels, got {values}"
+        )
     return values * (channels // len(values))
 
 
