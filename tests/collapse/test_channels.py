@@ -57,7 +57,8 @@ def test_one_value_of_a_normalisation_is_for_all_channels_and_a_wrong_number_is_
     with pytest.raises(CollapseError, match="std must be positive"):
         collapse(vit(), "bayer", std=0.0)
     plain = vit(in_chans=1)
-    assert collapse(plain, "bayer").normalisation.mean == pytest.approx((sum(plain.pretrained_cfg["mean"]) / 3,))
+    grey = sum(plain.pretrained_cfg["mean"]) / 3
+    assert collapse(plain, "bayer").normalisation.mean == pytest.approx((grey,))
     assert timm.create_model("cvit_tiny_patch16", in_chans=1, orderer="bayer", depth=1).normalisation.std == (0.5,)
 
 
