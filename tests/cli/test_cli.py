@@ -75,7 +75,7 @@ def test_keep_means_what_it_means_in_python(run, photo, keep, kept):
     assert code == 0 and f"kept {kept} of 24" in out
 
 
-@pytest.mark.parametrize("source", [""])
+@pytest.mark.parametrize("source", ["", "local-dir:"])
 def test_a_saved_model_orders_photos(run, photo, tmp_path, source):
     import timm
 
