@@ -248,12 +248,13 @@ def find_vlm_adapter(model: nn.Module) -> tuple[type[CollapsedVlm], Normalisatio
     """
     name = next((c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers.")), "")
     config = getattr(model, "config", None)
-    if not any(hasattr(config, key) for key in ("image_token_id", "image_token_index", "vision_config")):
-        return None
     if getattr(config, "text_config", None) is None:
         return None
     if name not in SUPPORTED_VLM:
-        reason = next((why for start, why in REASONS.items() if name.startswith(start)), "its family is not known here")
+        reason = next((why for start, why in REASONS.items() if name.startswith(start)), "")
+        if not reason and not any(hasattr(config, key) for key in ("image_token_id", "image_token_index")):
+            return None  # a dual encoder, or its image classifier
+        reason = reason or "its family is not known here"
         raise CollapseError(f"model: {name} cannot be collapsed: {reason}; supported are {', '.join(SUPPORTED_VLM)}")
     adapter, normalisation = SUPPORTED_VLM[name]
     if normalisation is None:
