@@ -18,15 +18,17 @@ IMAGE_NAMES, LABEL_NAMES = ("image", "img"), ("label", "labels", "fine_label")
 def features_of(schema: pa.Schema) -> dict[str, Any]:
     """Column -> its feature as `datasets` writes it: {"_type": "Image"}, {"_type": "ClassLabel", "names": ...} ...
 
-    Without that metadata, columns of bytes count as images, as do those of a struct with the field "bytes".
+    Where no column is called an image, those of bytes count as such, and those of a struct with the field "bytes".
     """
     try:
-        info = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        if isinstance(info, dict):
-            return {name: info.get(name) or _feature(schema.field(name).type) for name in schema.names}
+        said = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
-        pass
-    return {field.name: _feature(field.type) for field in schema}
+        said = {}
+    by_type = {field.name: _feature(field.type) for field in schema}
+    features = {name: said.get(name, feature) for name, feature in by_type.items()}
+    if _of_type(features, "Image"):
+        return features
+    return features | {name: by_type[name] for name in _of_type(by_type, "Image")}
 
 
 def _feature(type_: pa.DataType) -> dict[str, Any]:
@@ -61,9 +63,11 @@ def label_column(features: Mapping[str, Any]) -> tuple[str | None, dict[str, int
         return column, {name: index for index, name in enumerate(features[column].get("names") or ())}, ""
     if not classes:
         column = next((name for name in LABEL_NAMES if "int" in str(_dtype(features.get(name)))), None)
+        if column is not None:
+            return column, {}, ""
     why = f"several columns are ClassLabels, {classes}" if classes else "none is a ClassLabel"
     names = ", ".join(map(repr, LABEL_NAMES))
-    return column, {}, f"of its columns {list(features)}, {why}, and none of the integers is named {names}"
+    return None, {}, f"of its columns {list(features)}, {why}, and none of the integers is named {names}"
 
 
 def image_bytes(value: Mapping[str, Any] | bytes | None, folder: Path | None = None) -> bytes:

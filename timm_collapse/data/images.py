@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms import functional as F
 
 from ..order import CollapseError
+
+MAX_RATIO = 32  # of the sides of an image that is resized as a whole
 
 
 def load_photo(path: str | Path) -> Image.Image:
@@ -73,8 +75,32 @@ def decode_image(file: bytes | BinaryIO, name: str) -> Image.Image:
             raise CollapseError(f"{name} is damaged or truncated: {error}") from error
 
 
+class Cover:
+    """Resizes an image so that it just covers a size (antialiased bicubic), and crops the centre.
+
+    For a square that is torchvision's Resize and CenterCrop, bit for bit.
+
+    Args:
+        size: Side of a square, or height and width, in pixels.
+    """
+
+    def __init__(self, size: int | tuple[int, int]):
+        self.height, self.width = (size, size) if isinstance(size, int) else size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        short = min(image.size)
+        if max(image.size) > MAX_RATIO * short:  # a thin strip, resized as a whole, would fill the memory
+            image = F.center_crop(image, [min(side, MAX_RATIO * short) for side in (image.height, image.width)])
+        if self.height * image.width >= self.width * image.height:
+            size = [self.height, max(self.width, int(self.height * image.width / image.height))]
+        else:
+            size = [max(self.height, int(self.width * image.height / image.width)), self.width]
+        image = F.resize(image, size, F.InterpolationMode.BICUBIC)
+        return F.center_crop(image, [self.height, self.width])
+
+
 def photo_tensor(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
-    """Resizes an image so that it just covers the size (antialiased bicubic), and crops the centre.
+    """An image as a tensor, of a size as `Cover` gives it.
 
     Args:
         image: RGB.
@@ -83,9 +109,7 @@ def photo_tensor(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
     Returns:
         (3, height, width) float32 in [0, 1].
     """
-    height, width = (size, size) if isinstance(size, int) else size
-    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255
+    return F.to_tensor(Cover(size)(image)).contiguous()
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

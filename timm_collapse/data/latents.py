@@ -16,6 +16,7 @@ from torchvision import transforms as T
 from ..models.codec import PixelCodec, VaeCodec
 from ..order import CollapseError
 from .datasets import as_images
+from .images import Cover
 from .shards import Shards, differences, write_shards
 from .sources import same_source
 from .units import MapUnits
@@ -25,8 +26,7 @@ SHARD_SIZE = 4096  # images a file, of a new folder
 
 def pixel_transform(img_size: int) -> T.Compose:
     """RGB image -> (3, S, S) uint8: shorter side resized to S (bicubic), centre cropped."""
-    resize = T.Resize(img_size, interpolation=T.InterpolationMode.BICUBIC)
-    return T.Compose([resize, T.CenterCrop(img_size), T.PILToTensor()])
+    return T.Compose([Cover(img_size), T.PILToTensor()])
 
 
 class ResizedPixels(Dataset):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
 from ..order import CollapseError
+from .images import Cover
 
 
 class ImageLoader(DataLoader):
@@ -42,8 +43,7 @@ def train_transform(img_size: int, mean, std, scale: tuple[float, float] = (0.5,
 
 def eval_transform(img_size: int, mean, std) -> Callable:
     """Shorter side to S, centre crop, to normalised (3, S, S)."""
-    resize = T.Resize(img_size, interpolation=T.InterpolationMode.BICUBIC)
-    return T.Compose([resize, T.CenterCrop(img_size), T.ToTensor(), T.Normalize(mean, std)])
+    return T.Compose([Cover(img_size), T.ToTensor(), T.Normalize(mean, std)])
 
 
 class _Transformed(Dataset):

@@ -96,7 +96,7 @@ class ParquetImages(Images):
         while self._held and sum(self.groups[n].size for n in self._held) + group.size > HELD_BYTES:
             self._held.popitem(last=False)
         with pq.ParquetFile(group.file) as opened:
-            column = opened.read_row_group(group.number, [group.column]).column(0)
+            column = opened.read_row_group(group.number, [group.column], use_threads=False).column(0)
         self._held[number] = column.combine_chunks()
 
 
@@ -117,7 +117,7 @@ def _row_groups(file: Path, metadata: pq.FileMetaData, column: str) -> Iterator[
 def _labels(opened: pq.ParquetFile, column: str | None) -> np.ndarray:
     if column is None:
         return np.full(opened.metadata.num_rows, UNKNOWN)
-    return opened.read([column])[column].cast(pa.int64()).fill_null(UNKNOWN).to_numpy()
+    return opened.read([column], use_threads=False)[column].cast(pa.int64()).fill_null(UNKNOWN).to_numpy()
 
 
 def _read_unpacked(group: RowGroup, row: int) -> bytes:

@@ -11,7 +11,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from ..order import CollapseError
 from .base import Images, as_labels
-from .columns import image_bytes, image_column, label_column
+from .columns import features_of, image_bytes, image_column, label_column
 from .sources import TRAIN_NAMES, VALIDATION_NAMES, split_synonyms
 from .tars import member_key
 
@@ -68,7 +68,7 @@ class HfImages(Images):
         except ImportError as error:
             raise CollapseError(f"dataset: {name!r} needs `pip install datasets`") from error
         opened = self._load(datasets, name, split)
-        features = opened.features.to_dict()
+        features = features_of(opened.features.arrow_schema)
         self.name, self.column = name, image_column(features, name)
         self.dataset = opened.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
         label, self.class_to_idx, self.why_unlabelled = label_column(features)
