@@ -19,6 +19,7 @@ from .columns import features_of, image_bytes, image_column, label_column
 from .files import remove_old, write_whole
 
 HELD_BYTES = 64 * 2**20  # of encoded images that a process holds
+PASSES = 3  # jumps back that may still be passes from front to back
 BUFFER = 2**20  # bytes read at once where a row group is unpacked
 
 
@@ -36,9 +37,9 @@ class ParquetImages(Images):
     """Images and labels of parquet files, decoded on access.
 
     Parquet can only be read a row group at a time, hundreds to thousands of images. Read from front to back, each group
-    is held until the next one is needed. As soon as a process jumps back, as in training, it unpacks the groups that it
-    comes upon into files of `cache_folder()`, once for all processes and runs, where every image can be read by itself;
-    so it does with groups of more than 64 MB. Data sets of up to 64 MB are held and never unpacked.
+    is held until the next one is needed. Once a process has jumped back a few times, as in training, it unpacks the
+    groups that it comes upon into files of `cache_folder()`, once for all processes and runs, where every image can be
+    read by itself; so it does with groups of more than 64 MB. Data sets of up to 64 MB are held and never unpacked.
 
     It can be pickled, and read by forked processes.
 
@@ -73,7 +74,7 @@ class ParquetImages(Images):
         self._starts = np.cumsum([0, *(group.rows for group in self.groups)])
         self._small = sum(group.size for group in self.groups) <= HELD_BYTES
         self._held: OrderedDict[int, pa.Array] = OrderedDict()
-        self._last, self._jumps = 0, False
+        self._last, self._jumps = 0, 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": OrderedDict()}
@@ -83,9 +84,9 @@ class ParquetImages(Images):
         number = int(np.searchsorted(self._starts, index, "right")) - 1
         group, row = self.groups[number], index - int(self._starts[number])
         if number not in self._held:
-            self._jumps |= 0 < number < self._last  # a new pass begins with the first group
+            self._jumps += number < self._last
             self._last = number
-            if not self._small and (self._jumps or group.size > HELD_BYTES):
+            if not self._small and (self._jumps > PASSES or group.size > HELD_BYTES):
                 return _read_unpacked(group, row)
             self._hold(number)
         self._held.move_to_end(number)
