@@ -1,21 +1,16 @@
 """`timm-collapse latents`: what it writes and prints, and that every failure is one line and an exit code."""
 
-import importlib.util
-import sys
-from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
 
 from timm_collapse.cli import latents
 from timm_collapse.cli.main import build_parser
 from timm_collapse.data import LatentCache, open_dataset
-from timm_collapse.models import load_codec
+from timm_collapse.engine.latents import data_set_latents
+from timm_collapse.models import PixelCodec, load_codec
 from timm_collapse.order import CollapseError
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -97,33 +92,22 @@ def test_failures_are_explained(run, tmp_path, monkeypatch, argv, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_train_script_takes_what_the_command_wrote(run, tmp_path, monkeypatch):
+def test_training_takes_what_the_command_wrote_and_the_other_way_round(run, tmp_path, monkeypatch):
     """One function says what latents are of; neither the number of images a file nor the classes matter."""
-    folder = tmp_path / "latents"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    folder, own = tmp_path / "latents", tmp_path / "own"
     run("--vae", "pixels", "--img-size", 8, "--output", folder, "--shard-size", 20)
     before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
-    cmar = load_script("cmar")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    args = cmar.Args(dataset="digits", split="validation", part="1/8", latents=str(folder), output=str(tmp_path))
+    args = SimpleNamespace(dataset="digits", split="validation", part="1/8", device="cpu", workers=0)
     dataset, num_classes = open_dataset(args.dataset, args.split, args.part)
-    model = timm.create_model(args.model, class_num=num_classes)
-    cache = cmar.cached_latents(args, dataset, model, num_classes)
-    assert len(cache) == 45 and cache.num_classes == 10 and cache.folder == folder
+    cache = data_set_latents(args, folder, dataset, PixelCodec(), 8, num_classes)
+    assert len(cache) == 45 and cache.num_classes == 10
     assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()} == before
     with pytest.raises(
         CollapseError, match="source: .*'digits validation 1/8', needed are those of 'digits train 1/8'"
     ):
-        cmar.cached_latents(replace(args, split="train"), dataset, model, num_classes)
+        data_set_latents(SimpleNamespace(**{**vars(args), "split": "train"}), folder, dataset, PixelCodec(), 8, 10)
 
-    written = tmp_path / "own" / "latents"
-    cmar.cached_latents(replace(args, latents="", output=str(written.parent)), dataset, model, num_classes)
-    out, _ = run("--vae", "pixels", "--img-size", 8, "--output", written)
-    assert "latents of 45 images" in out and len(list(written.iterdir())) == 1
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"train_{name}", ROOT / "train" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    data_set_latents(args, own, dataset, PixelCodec(), 8, num_classes)
+    out, _ = run("--vae", "pixels", "--img-size", 8, "--output", own)
+    assert "latents of 45 images" in out and len(list(own.iterdir())) == 1
