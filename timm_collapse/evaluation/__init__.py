@@ -1,12 +1,13 @@
 """Measuring orders and models."""
 
 from .accuracy import accuracy_curves, image_batches, with_orderer
-from .cost import Cost, costs_over_keep, images_per_second
+from .cost import Cost, costs_over_keep, images_per_second, median_seconds
 from .curve import KEEPS, AccuracyCurve
 from .distances import Prdc, classifier_score, frechet_distance, kid, prdc
 from .feature_statistics import FeatureStatistics
 from .fidelity import InceptionReport, evaluate_inception, extract_inception_features
 from .generation import Features, GenerationReport, evaluate_generation, extract_features
+from .launches import LaunchCounter, count_kernels, count_launches
 from .macs import MacCounter, count_macs
 from .uncertainty import UncertaintyCurve, greedy_oracle, uncertainty_curve
 
@@ -18,12 +19,15 @@ __all__ = [
     "Features",
     "GenerationReport",
     "InceptionReport",
+    "LaunchCounter",
     "MacCounter",
     "Prdc",
     "UncertaintyCurve",
     "accuracy_curves",
     "classifier_score",
     "costs_over_keep",
+    "count_kernels",
+    "count_launches",
     "count_macs",
     "evaluate_generation",
     "evaluate_inception",
@@ -34,6 +38,7 @@ __all__ = [
     "image_batches",
     "images_per_second",
     "kid",
+    "median_seconds",
     "prdc",
     "uncertainty_curve",
     "with_orderer",

@@ -1,11 +1,11 @@
-"""What a model costs: multiply-accumulates and measured throughput."""
+"""What a model costs: multiply-accumulates, measured throughput and memory."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,27 +28,85 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def clock(function: Callable[[], Any]) -> tuple[Any, float]:
+    """The result of a call and the seconds that it took, to the end of what it started on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
 @torch.no_grad()
+def median_seconds(
+    functions: Mapping[str, Callable[[], object]],
+    runs: int = 7,
+    warm_ups: int = 1,
+    enough: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Median seconds of several functions, timed in turn so that a drifting machine treats them alike.
+
+    Args:
+        functions: Name -> a call.
+        runs: Timed runs of each.
+        warm_ups: Turns before them that do not count.
+        enough: Asked after each timed turn: whether to stop before all runs are done.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for run in range(-warm_ups, runs):
+        for name, function in functions.items():
+            _, taken = clock(function)
+            if run >= 0:
+                seconds[name].append(taken)
+        if run >= 0 and enough():
+            break
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def images_per_second(functions: dict[str, Callable[[], object]], batch_size: int, runs: int = 7) -> dict[str, float]:
-    """Median throughput of several functions, timed in turn so that a drifting machine treats them alike.
+    """Median throughput of several functions, timed in turn.
 
     Args:
         functions: Name -> a call that processes one batch.
         batch_size: Images in a batch.
         runs: Timed runs of each, after one warm-up.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for run in range(runs + 1):
-        for name, function in functions.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
+    return {name: batch_size / taken for name, taken in median_seconds(functions, runs).items()}
+
+
+@torch.no_grad()
+def working_memory(function: Callable[[], object]) -> int | None:
+    """Bytes of GPU memory that a call takes at its peak, beyond what is held before it; None without a GPU."""
+    if not torch.cuda.is_available():
+        function()
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@torch.no_grad()
+def cuda_graph(function: Callable[[], object], warm_ups: int = 3) -> Callable[[], None]:
+    """A call recorded as a CUDA graph; what is returned replays it on the same tensors.
+
+    Raises:
+        RuntimeError: The call reads a value back from the GPU, or does else what a graph cannot hold.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_ups):
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if run:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: batch_size / statistics.median(values) for name, values in seconds.items()}
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 @torch.no_grad()
