@@ -3,5 +3,6 @@
 from . import cvit  # noqa: F401  (registers the cvit_* models)
 from .base import Collapsed
 from .convert import collapse
+from .retention import retained_count, retention_mask
 
-__all__ = ["Collapsed", "collapse"]
+__all__ = ["Collapsed", "collapse", "retained_count", "retention_mask"]
