@@ -44,7 +44,8 @@ def smolvlm_256m(layers: int, batch: int):
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
     text = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
-            "num_key_value_heads": 3, "num_hidden_layers": layers or 30, "vocab_size": 49280, "pad_token_id": 0}  # fmt: skip
+            "num_key_value_heads": 3, "num_hidden_layers": layers or 30, "vocab_size": 49280,
+            "pad_token_id": 0}  # fmt: skip
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
               "image_size": 512, "patch_size": 16}  # fmt: skip
     config = SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=4, image_token_id=49190)

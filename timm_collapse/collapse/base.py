@@ -6,7 +6,7 @@ A model is collapsed in place by `collapse`: its `__class__` becomes a subclass 
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from numbers import Real
 
 import torch
@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from ..models.normalisation import Normalisation
 from ..order import CollapseError, Order, check_keep, resolve_keep
 from ..order.errors import describe
+from .holder import HoldsOrderer
 from .remainder import REMAINDERS, Prefix, plan_remainder
 from .selection import Carrier, Selection, fit_images
 
 
-class Collapsed:
+class Collapsed(HoldsOrderer):
     """Mixin of every collapsed model; subclasses say where their tokens are.
 
     Attributes:
-        orderer: `CollapseOrder`; a model of its own. It is no submodule: `parameters`, `named_modules` and `state_dict`
-            do not see it, so nothing trains, adapts, averages, empties or saves it along. It goes to the model's device
-            and precision. To change it, `collapse` again.
+        orderer: `CollapseOrder`, see `HoldsOrderer`.
         keep: Token budget of the patches, a ratio in (0, 1] or a count; may be changed at any time. The remainder's
             tokens are part of the budget. 1 runs the plain model, bit for bit, and computes no order.
         remainder: What becomes of the dropped patches: "none", "fused" (one token: the mean of their embeddings),
@@ -44,8 +43,7 @@ class Collapsed:
         """Take the settings of a collapse, all of them checked, and put the parts that drop tokens in their places."""
         self.remainder, self.coarse_share = remainder, coarse_share
         self.carrier = Carrier()
-        self._modules.pop("orderer", None)  # of an assignment
-        object.__setattr__(self, "orderer", orderer)
+        self.hold(orderer)
         self.normalisation = normalisation
         self.keep = keep
         self._attach()
@@ -124,7 +122,7 @@ class Collapsed:
         """The order of fitted images; without `check` no value is read back from a GPU."""
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         images = self.normalisation.to(Normalisation.of(self.orderer), images)
-        return self.orderer(images, grid=grid, upto=upto, check=check)
+        return self.orderer_on(images.device)(images, grid=grid, upto=upto, check=check)
 
     def select(self, images: Tensor, order: Order | None = None) -> Selection | None:
         """What becomes of the patches of a batch of images, decided once a forward pass.
@@ -164,19 +162,6 @@ class Collapsed:
 
     # -- nn.Module ---------------------------------------------------------------------------------------------------
 
-    def _apply(self, fn, recurse=True):
-        self.orderer._apply(fn)
-        return super()._apply(fn, recurse)
-
-    def _replicate_for_data_parallel(self):
-        raise CollapseError(
-            "a collapsed model cannot run in DataParallel, which would leave its orderer on one device; use "
-            "DistributedDataParallel"
-        )
-
-    def __reduce_ex__(self, protocol):
-        return _restore, (type(self).__bases__,), self.__dict__
-
     def extra_repr(self) -> str:
         return f"keep={self.keep}, remainder={self.remainder!r}, orderer={self.orderer}"
 
@@ -204,15 +189,3 @@ def check_order(order: Order, batch: int, grid: tuple[int, int]) -> None:
         raise CollapseError(f"order must be on the model's grid {grid}, got one on {order.grid}; see Order.resample")
     if (given := order.scores.shape[0]) != batch:
         raise CollapseError(f"order must be of the {batch} images of the batch, got one of {given} images")
-
-
-@cache
-def collapsed_class(adapter: type, base: type) -> type:
-    """The subclass of a model's class that its collapsed form has; made once, so that classes compare equal."""
-    return type(f"Collapsed{base.__name__}", (adapter, base), {"__module__": adapter.__module__})
-
-
-def _restore(bases: tuple[type, type]) -> nn.Module:
-    """For copy and pickle: an empty instance; its state is set afterwards."""
-    cls = collapsed_class(*bases)
-    return cls.__new__(cls)

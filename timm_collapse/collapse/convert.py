@@ -20,13 +20,14 @@ from ..models.normalisation import Normalisation
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, check_keep
 from ..order.errors import describe
-from .base import Collapsed, check_remainder, check_share, collapsed_class
+from .base import Collapsed, check_remainder, check_share
 from .hf_families import find_hf_adapter, hf_cfg, is_hf
+from .holder import collapsed_class
 from .timm import CollapsedEva, CollapsedVit
 from .timm_families import CollapsedBeit, CollapsedCait, CollapsedNaFlex
 from .unsupported import unsupported_reason
-from .vlm import CollapsedVlm
-from .vlm_families import find_vlm_adapter
+from .vlm import CollapsedVlm, check_positions
+from .vlm_families import find_vlm_adapter, is_vlm
 
 ADAPTERS: dict[type, type[Collapsed]] = {
     VisionTransformer: CollapsedVit,
@@ -60,7 +61,8 @@ def collapse(
 
     Args:
         model: A timm `VisionTransformer`, `VisionTransformerDistilled`, `Eva`, `NaFlexVit`, `Cait` or `Beit`; or a
-            transformers ViT, DINOv2, DINOv3, SigLIP or CLIP vision model, or image Perceiver.
+            transformers ViT, DINOv2, DINOv3, SigLIP or CLIP vision model, or image Perceiver; or a vision-language
+            model of transformers, see `CollapsedVlm`.
         orderer: What orders the patches, or its name, as for `CollapseOrder.from_pretrained`, or a baseline's.
         keep: Token budget, a ratio in (0, 1] of the patches, or a count.
         remainder: What becomes of the dropped patches: "none", "fused", "coarse" or "mixed", see `Collapsed`.
@@ -83,11 +85,10 @@ def collapse(
     if not isinstance(orderer, CollapseOrder):
         raise CollapseError(f"orderer must be a CollapseOrder or a name, got {describe(orderer)}")
     keep = check_keep(keep)
-    vlm = (type(model), model.normalisation) if isinstance(model, CollapsedVlm) else find_vlm_adapter(model)
-    if vlm is not None:
+    if is_vlm(model):
         if remainder != "none":
             raise CollapseError(f"remainder must be none for a vision-language model, got {remainder!r}")
-        return _collapse_vlm(model, *vlm, orderer, keep, positions)
+        return collapse_vlm(model, orderer, keep, positions, mean, std)
     # all is checked before anything changes: a refused model stays as it was
     cls = type(model)
     if not isinstance(model, Collapsed):
@@ -113,12 +114,23 @@ def collapse(
     return model
 
 
-def _collapse_vlm(model, adapter, normalisation, orderer, keep, positions) -> nn.Module:
+def collapse_vlm(
+    model: nn.Module,
+    orderer: CollapseOrder,
+    keep: float | int,
+    positions: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> nn.Module:
+    """`collapse` for a vision-language model, and for its tower where that drops the patches itself."""
+    adapter, known = (type(model), model.normalisation) if isinstance(model, CollapsedVlm) else find_vlm_adapter(model)
+    normalisation = Normalisation(known.mean if mean is None else mean, known.std if std is None else std)
+    check_positions(positions, adapter)
     if not isinstance(model, CollapsedVlm):
         model.__class__ = collapsed_class(adapter, type(model))
-    if (tower := model._tower()) is not None:
+    if (tower := model.tower()) is not None:
         collapse(tower, orderer, keep, mean=normalisation.mean, std=normalisation.std)
-    model._setup(orderer, keep, positions, normalisation)
+    model.set_up(orderer, keep, positions, normalisation)
     return model
 
 

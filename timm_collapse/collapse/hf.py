@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..order import CollapseError, Order
 from ..order.errors import describe
-from .base import Collapsed, collapsed_class
+from .base import Collapsed
+from .holder import HoldsOrderer, collapsed_class
 from .selection import embed_kept, image_size, spread_kept
 
 TRUNKS = ("vit", "dinov2", "dinov2_with_registers", "vision_model", "perceiver")
@@ -39,7 +40,7 @@ class Part:
         if len(cls.__bases__) == 2:
             take_name(cls)
 
-    __reduce_ex__ = Collapsed.__reduce_ex__
+    __reduce_ex__ = HoldsOrderer.__reduce_ex__
 
 
 class KeepTokens(Part):

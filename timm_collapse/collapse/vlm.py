@@ -18,6 +18,7 @@ from ..models.normalisation import Normalisation
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, Order, check_keep, resolve_keep
 from ..order.errors import describe
+from .holder import HoldsOrderer
 
 POSITIONS = ("keep", "close")
 """What becomes of the positions of dropped tokens: gaps, or the tokens behind close up."""
@@ -59,14 +60,14 @@ class Shortened(NamedTuple):
         return whole.scatter(1, self.index.unsqueeze(-1).expand_as(logits), logits * self.real.unsqueeze(-1))
 
 
-class CollapsedVlm:
+class CollapsedVlm(HoldsOrderer):
     """Mixin of a collapsed vision-language model; subclasses know how a family's tower meets the language model.
 
     `logits` have the length of the stock model's, 0 at dropped tokens; hidden states and attentions are of the tokens
     that are left. A cache holds only these: go on with it as with the stock model's.
 
     Attributes:
-        orderer: `CollapseOrder` of the cells; frozen, no part of the state dict.
+        orderer: `CollapseOrder` of the cells, see `HoldsOrderer`.
         keep: Token budget of each image, a ratio in (0, 1] of its cells or a count; may be changed at any time. 1 is
             the stock model, bit for bit.
         positions: "keep": every token keeps the position that it has in the whole prompt, gaps and all, as if dropped
@@ -87,21 +88,14 @@ class CollapsedVlm:
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
-    def _setup(self, orderer: CollapseOrder, keep: float | int, positions: str, normalisation: Normalisation) -> None:
-        if positions not in POSITIONS:
-            raise CollapseError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
-        if positions == "close" and not self.closes_up:
-            raise CollapseError(
-                f"positions must be 'keep' for {type(self).__name__}, got 'close': its positions are "
-                "places in the image"
-            )
-        self.__dict__["orderer"] = orderer
-        self.normalisation = normalisation
-        self.positions = positions
+    def set_up(self, orderer: CollapseOrder, keep: float | int, positions: str, normalisation: Normalisation) -> None:
+        """Take what `collapse` has checked."""
+        self.hold(orderer)
+        self.normalisation, self.positions = normalisation, positions
         self.keep = keep
 
-    def _tower(self) -> nn.Module | None:
-        """A tower that drops patches by itself, once it is collapsed."""
+    def tower(self) -> nn.Module | None:
+        """The tower, where it drops patches by itself once it is collapsed."""
         return None
 
     @property
@@ -356,6 +350,14 @@ def _with_order(stock) -> tuple[Any, list[str]]:
     rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
     forward.__signature__ = signature.replace(parameters=[*named, order, *rest])
     return forward, names
+
+
+def check_positions(positions: str, adapter: type[CollapsedVlm]) -> None:
+    """Raises CollapseError unless a family's positions can be treated so."""
+    if positions not in POSITIONS:
+        raise CollapseError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+    if positions == "close" and not adapter.closes_up:
+        raise CollapseError("positions must be 'keep' where they are places in the image (Qwen-VL), got 'close'")
 
 
 def core(model: nn.Module) -> nn.Module:

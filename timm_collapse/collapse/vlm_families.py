@@ -6,6 +6,7 @@ Idefics3 and SmolVLM by pixel shuffle): all patches of a kept cell are seen, at 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -33,19 +34,19 @@ CLIP = Normalisation(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 class CollapsedLlava(CollapsedVlm):
     """LLaVA-1.5 and its kin: a CLIP or SigLIP tower, one token a patch."""
 
-    def _tower(self) -> nn.Module:
+    def tower(self) -> nn.Module:
         return core(self).vision_tower
 
     @CollapsedVlm.keep.setter
     def keep(self, keep: float | int) -> None:
         CollapsedVlm.keep.fset(self, keep)
-        self._tower().keep = keep
+        self.tower().keep = keep
 
     def _images(self, inputs: dict[str, Any]) -> list[tuple[list[int], Tensor, tuple[int, int]]]:
         images = inputs["pixel_values"]
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise CollapseError(f"pixel_values must be a tensor of shape (B, C, H, W), got {describe(images)}")
-        config = self._tower().config
+        config = self.tower().config
         side = config.image_size
         if tuple(images.shape[-2:]) != (side, side):
             raise CollapseError(
@@ -240,26 +241,44 @@ REASONS = {
 """Why other families, by the beginning of their class names, cannot drop cells."""
 
 
-def find_vlm_adapter(model: nn.Module) -> tuple[type[CollapsedVlm], Normalisation] | None:
-    """The mixin of a vision-language model and the normalisation of its pictures; None for other models.
+def is_vlm(model: nn.Module) -> bool:
+    """Whether a model is one of transformers' that reads text and images."""
+    name, config = _stock_name(model), getattr(model, "config", None)
+    reads = any(hasattr(config, token) for token in ("image_token_id", "image_token_index"))
+    return bool(name) and (name.startswith(tuple(REASONS)) or reads and hasattr(config, "text_config"))
+
+
+def find_vlm_adapter(model: nn.Module) -> tuple[type[CollapsedVlm], Normalisation]:
+    """The mixin of a vision-language model, and the normalisation of its pictures.
 
     Raises:
-        CollapseError: A vision-language model that cannot be collapsed, with the reason.
+        CollapseError: It cannot be collapsed, with the reason.
     """
-    name = next((c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers.")), "")
-    config = getattr(model, "config", None)
-    if getattr(config, "text_config", None) is None:
-        return None
+    name = _stock_name(model)
     if name not in SUPPORTED_VLM:
-        reason = next((why for start, why in REASONS.items() if name.startswith(start)), "")
-        if not reason and not any(hasattr(config, key) for key in ("image_token_id", "image_token_index")):
-            return None  # a dual encoder, or its image classifier
-        reason = reason or "its family is not known here"
-        raise CollapseError(f"model: {name} cannot be collapsed: {reason}; supported are {', '.join(SUPPORTED_VLM)}")
+        reason = next((why for start, why in REASONS.items() if name.startswith(start)), "its family is not known here")
+        raise CollapseError(
+            f"model: {name} cannot be collapsed: {reason}; supported vision-language models are "
+            f"{', '.join(SUPPORTED_VLM)}"
+        )
+    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+        raise CollapseError(
+            f"model: {name} of this version of transformers takes no encoded images (mm_encoder_outputs of its forward "
+            "method), which collapse relies on; a newer transformers does"
+        )
+    if any("forward" in part.__dict__ for part in (model, *model.children())):
+        raise CollapseError(
+            f"model: the forward method of {name} was replaced (accelerate's hooks do that); collapse it before"
+        )
     adapter, normalisation = SUPPORTED_VLM[name]
     if normalisation is None:
         tower = core(model).vision_tower
-        find_hf_adapter(tower)
+        find_hf_adapter(tower)  # raises where it cannot be collapsed
         cfg = hf_cfg(tower)
         normalisation = Normalisation(cfg["mean"], cfg["std"])
     return adapter, normalisation
+
+
+def _stock_name(model: nn.Module) -> str:
+    """Name of the class of transformers that a model is of; "" for none."""
+    return next((c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers.")), "")

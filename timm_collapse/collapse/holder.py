@@ -1,0 +1,65 @@
+"""What every collapsed model has: a class made from the plain one, and an orderer that is no part of it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+
+from ..models.orderer import CollapseOrder
+from ..order import CollapseError
+
+
+class HoldsOrderer:
+    """Mixin of a model with an orderer beside it.
+
+    Attributes:
+        orderer: `CollapseOrder`; a model of its own. It is no submodule: `parameters`, `named_modules` and `state_dict`
+            do not see it, so nothing trains, adapts, averages, empties or saves it along. It goes to the model's device
+            and precision. To change it, `collapse` again.
+    """
+
+    orderer: CollapseOrder
+
+    def hold(self, orderer: CollapseOrder) -> None:
+        """Take an orderer, to the device of the model."""
+        self._modules.pop("orderer", None)  # of an assignment
+        object.__setattr__(self, "orderer", orderer)
+        self._move_orderer(next((p.device for p in self.parameters()), torch.device("meta")))
+
+    def orderer_on(self, device: torch.device) -> CollapseOrder:
+        """The orderer, moved to the device of the images if it is elsewhere."""
+        if not torch.compiler.is_compiling():
+            self._move_orderer(device)
+        return self.orderer
+
+    def _move_orderer(self, device: torch.device) -> None:
+        own = next((p.device for p in self.orderer.parameters()), device)
+        if own != device and device.type != "meta":
+            self.orderer.to(device)
+
+    def _apply(self, fn, recurse=True):
+        self.orderer._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def _replicate_for_data_parallel(self):
+        raise CollapseError(
+            "a collapsed model cannot run in DataParallel, which would leave its orderer on one device; use "
+            "DistributedDataParallel"
+        )
+
+    def __reduce_ex__(self, protocol):
+        return restore, (type(self).__bases__,), self.__dict__
+
+
+@cache
+def collapsed_class(adapter: type, base: type) -> type:
+    """The subclass of a model's class that its collapsed form has; made once, so that classes compare equal."""
+    return type(f"Collapsed{base.__name__}", (adapter, base), {"__module__": adapter.__module__})
+
+
+def restore(bases: tuple[type, type]) -> nn.Module:
+    """For copy and pickle: an empty instance; its state is set afterwards."""
+    cls = collapsed_class(*bases)
+    return cls.__new__(cls)
