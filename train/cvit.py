@@ -23,6 +23,7 @@ from timm.data import Mixup
 from timm.optim import param_groups_layer_decay
 
 from timm_collapse import CollapseError, Order, collapse
+from timm_collapse.collapse import Collapsed
 from timm_collapse.data import OrderedImages, eval_transform, open_dataset, train_transform
 from timm_collapse.engine import TrainArgs, create_model, data_set_orders, parse_args, part_for, run_script, start_run
 from timm_collapse.evaluation import accuracy_curves, image_batches
@@ -106,14 +107,18 @@ def main() -> None:
     dataset, num_classes = open_dataset(args.dataset, args.split, args.part, labelled=True)
     source = {"pretrained": True, "pretrained_cfg_overlay": pretrained_source(args.init)} if args.init else {}
     cvit = create_model(args, num_classes=num_classes, **source)
-    orderer = args.orderer or getattr(cvit, "_model_args", {}).get("orderer", "collapse_ranker_tiny_224")
-    collapse(cvit, orderer, keep, args.remainder[0], args.coarse_share[0])
-    check_budgets(args, cvit)
-    grid, num_patches = cvit.patch_embed.grid_size, cvit.patch_embed.num_patches
+    if args.orderer or not isinstance(cvit, Collapsed):
+        collapse(cvit, args.orderer or "collapse_ranker_tiny_224", keep, args.remainder[0], args.coarse_share[0])
+    else:  # it has its orderer, perhaps one that lies beside its weights
+        cvit.keep, cvit.remainder, cvit.coarse_share = keep, args.remainder[0], args.coarse_share[0]
+    orderer, cfg = args.orderer or cvit._model_args["orderer"], cvit.pretrained_cfg
+    size = cvit.patch_embed.img_size[0] if hasattr(cvit, "patch_embed") else cfg["input_size"][-1]  # NaFlexVit: any
+    grid = cvit.image_grid(torch.empty(1, 3, size, size))
+    num_patches = grid[0] * grid[1]
+    check_budgets(args, cvit, grid)
     groups = param_groups_layer_decay(cvit, args.weight_decay, cvit.no_weight_decay(), layer_decay=args.layer_decay)
 
     # the images; with a table of orders, (image, label, ranks)
-    cfg, size = cvit.pretrained_cfg, cvit.patch_embed.img_size[0]
     plain = eval_transform(size, cfg["mean"], cfg["std"])
     transform = train_transform(size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
     images_in_all, table = len(dataset), None
@@ -167,7 +172,7 @@ def main() -> None:
 
     model = run.finish()
     if run.is_main:
-        save_model(model, args.output, recipe=args)
+        save_model(model, args.output, recipe=args)  # before the accuracy is measured, which may take long
         if args.val_split:
             batches = image_batches(open_dataset(args.dataset, args.val_split, labelled=True).dataset, plain)
             share = keep if keep <= 1 else keep / num_patches
@@ -177,14 +182,15 @@ def main() -> None:
             save_model(model, args.output, recipe=args, validation_top1=accuracy)
 
 
-def check_budgets(args: Args, cvit) -> None:
+def check_budgets(args: Args, cvit: Collapsed, grid: tuple[int, int]) -> None:
     """Raises CollapseError where the model has no tokens for a budget, before the training meets it."""
-    num_patches, grid = cvit.patch_embed.num_patches, cvit.patch_embed.grid_size
     keeps = [parse_keep(args.keep), *(args.budget(percent / 100) for percent in range(100)), args.budget(1 - 1e-9)]
-    smallest = min(resolve_keep(keep, num_patches) for keep in keeps)
-    for remainder in reversed(args.remainder):  # the first one stays
-        cvit.remainder = remainder
-        cvit.plan(smallest, grid)  # what has tokens for the smallest budget has them for all
+    smallest = min(resolve_keep(keep, grid[0] * grid[1]) for keep in keeps)
+    for share in reversed(args.coarse_share):  # the first ones stay
+        cvit.coarse_share = share
+        for remainder in reversed(args.remainder):
+            cvit.remainder = remainder
+            cvit.plan(smallest, grid)  # what has tokens for the smallest budget has them for all
 
 
 if __name__ == "__main__":

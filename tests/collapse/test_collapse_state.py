@@ -150,6 +150,17 @@ def test_any_collapsed_vit_is_saved_as_one(tmp_path):
     assert own.orderer.baseline_name == "bayer" and own.pretrained_cfg["architecture"] == "cvit"
 
 
+def test_settings_that_change_later_are_saved(tmp_path):
+    model = cvit(orderer="variance")
+    model.keep, model.remainder, model.coarse_share = 0.25, "coarse", 0.75
+    timm.models.save_for_hf(model, str(tmp_path / "model"), safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    assert (loaded.keep, loaded.remainder, loaded.coarse_share) == (0.25, "coarse", 0.75)
+    assert torch.equal(loaded(IMAGES), model(IMAGES))
+    save_model(cvit(orderer=CollapseOrder.baseline("raster")), tmp_path / "given")
+    assert timm.create_model(f"local-dir:{tmp_path / 'given'}").orderer.baseline_name == "raster"
+
+
 def test_save_pretrained_says_that_it_writes_the_plain_model(tmp_path):
     with pytest.warns(UserWarning, match="writes the plain model"):
         collapse(hf_vit(), "bayer", keep=0.5).save_pretrained(tmp_path)

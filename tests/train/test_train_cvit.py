@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from timm_collapse import CollapseError, CollapseOrder
+from timm_collapse.hub.save import save_model, weights_hash
 
 ROOT = Path(__file__).parents[2]
 SMALL = json.dumps({"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8})
@@ -141,14 +142,16 @@ def test_a_fixed_budget_is_a_count_or_a_ratio():
 def test_budgets_that_have_no_tokens_are_refused_before_the_training():
     script = load_script()
     model = timm.create_model("cvit_tiny_patch16", orderer="bayer", embed_dim=24, depth=1, num_heads=2)  # 14 x 14
-    script.check_budgets(script.Args(keep_schedule="49,100", remainder=["none", "mixed"], keep="0.5"), model)
+    script.check_budgets(script.Args(keep_schedule="49,100", remainder=["none", "mixed"], keep="0.5"), model, (14, 14))
+    assert model.remainder == "none"  # the first
     for values, message in (
         ({"remainder": ["none", "mixed"]}, r"\(14, 14\) can be halved 1 times, to 49 cells, and keep is"),
         ({"remainder": ["mixed"], "keep_schedule": "full", "keep": "0.22"}, "to 49 cells, and keep is 43 tokens"),
         ({"keep_schedule": "16,500"}, r"keep must be .*\[2, 196\].*got int 500"),
+        ({"remainder": ["coarse"], "coarse_share": [0.5, 2.0]}, r"coarse_share must be in \(0, 1\], got 2.0"),
     ):
         with pytest.raises(CollapseError, match=message):
-            script.check_budgets(script.Args(**values), model)
+            script.check_budgets(script.Args(**values), model, (14, 14))
 
 
 class Counting(CollapseOrder):
@@ -179,12 +182,34 @@ def test_orders_are_computed_only_where_and_as_far_as_they_are_needed(arguments,
     script, orderer = load_script(), Counting()
     collapse = script.collapse
     monkeypatch.setattr(script, "collapse", lambda model, name, *more: collapse(model, orderer, *more))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    common = ["--model", "cvit_tiny_patch4_32", "--model_args", SMALL, "--steps", "2", "--batch_size", "2"]
-    common += ["--val_split", "", "--orderer", "bayer", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["cvit.py", *COMMON, *common, *arguments])
-    script.main()
+    model = ["--model", "cvit_tiny_patch4_32", "--model_args", SMALL]
+    run_main(script, monkeypatch, tmp_path, *model, "--orderer", "bayer", *arguments)
     assert orderer.asked == asked
+
+
+def run_main(script, monkeypatch, output: Path, *args: str) -> None:
+    """Two steps of the script, in this process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    common = ["--steps", "2", "--batch_size", "2", "--val_split", "", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["cvit.py", *COMMON, *common, *args])
+    script.main()
+
+
+def test_a_saved_model_is_trained_on_with_the_orderer_beside_its_weights(monkeypatch, tmp_path):
+    shape = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1, "rank": 8, "phases": (0.0, 0.25)}
+    orderer = CollapseOrder(timm.create_model("collapse_ranker_tiny", **shape))
+    save_model(timm.create_model("cvit_tiny_patch4_32", orderer=orderer, **json.loads(SMALL)), tmp_path / "first")
+    source = ["--model", f"local-dir:{tmp_path / 'first'}", "--pretrained", "true", "--keep", "0.5"]
+    run_main(load_script(), monkeypatch, tmp_path / "second", *source)
+    trained = timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True)
+    assert trained.keep == 0.5
+    assert weights_hash(trained.orderer) == weights_hash(orderer)
+
+
+def test_a_naflexvit_is_trained(monkeypatch, tmp_path):
+    shape = json.dumps({"embed_dim": 48, "depth": 1, "num_heads": 3})
+    run_main(load_script(), monkeypatch, tmp_path, "--model", "naflexvit_base_patch16_gap", "--model_args", shape)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).orderer.source == "collapse_ranker_tiny_224"
 
 
 def test_timms_optimizer_scheduler_and_ema_take_a_cvit():

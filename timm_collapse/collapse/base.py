@@ -61,8 +61,7 @@ class Collapsed(HoldsOrderer):
     @keep.setter
     def keep(self, keep: float | int) -> None:
         self._keep = repr(check_keep(keep))
-        if "keep" in getattr(self, "_model_args", {}):  # a registered cvit_*: save_for_hf keeps it
-            update_model_args(self, keep=self.keep)
+        self._record(keep=self.keep)
 
     @property
     def remainder(self) -> str:
@@ -72,6 +71,7 @@ class Collapsed(HoldsOrderer):
     def remainder(self, remainder: str) -> None:
         check_remainder(remainder, self.why_no_remainder())
         self._remainder = remainder
+        self._record(remainder=remainder)
 
     @property
     def coarse_share(self) -> float:
@@ -80,6 +80,12 @@ class Collapsed(HoldsOrderer):
     @coarse_share.setter
     def coarse_share(self, coarse_share: float) -> None:
         self._coarse_share = repr(check_share(coarse_share))
+        self._record(coarse_share=self.coarse_share)
+
+    def _record(self, **settings) -> None:
+        """Also write settings where timm's save_for_hf takes them from, in a model that it builds again collapsed."""
+        if "orderer" in getattr(self, "_model_args", {}):
+            update_model_args(self, **settings)
 
     def why_no_remainder(self) -> str:
         """Why no token can stand for the dropped patches; empty where one can. Of a plain model, too."""

@@ -189,8 +189,9 @@ class Run:
         """Save the last checkpoint, and make one plain model of the trained one.
 
         Returns:
-            The trained (EMA) model, whole and without any wrapper, in eval mode. Where it was sharded, only the main
-            process has its weights; on the others they are on the meta device.
+            The trained (EMA) model, whole and without any wrapper, in eval mode: a copy of the one that the run was
+            given, so settings that the script changed since, such as `keep`, are those of the start. Where it was
+            sharded, only the main process has its weights; on the others they are on the meta device.
         """
         self.save_checkpoint()
         if self._writer:

@@ -46,9 +46,13 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, Collapsed) and _needs_its_orderer(model, whole):
-        save_orderer(model.orderer, folder / ORDERER_FOLDER, half)
-        update_model_args(model, orderer=f"./{ORDERER_FOLDER}")
+    if isinstance(model, Collapsed) and "orderer" in getattr(model, "_model_args", {}):
+        # a name, also where create_model was given an object
+        if _needs_its_orderer(model, whole):
+            save_orderer(model.orderer, folder / ORDERER_FOLDER, half)
+            update_model_args(model, orderer=f"./{ORDERER_FOLDER}")
+        elif name := getattr(model.orderer, "baseline_name", None):
+            update_model_args(model, orderer=name)
     save_for_hf(model, str(folder), model_args=getattr(model, "model_args", None) or None, safe_serialization=True)
     if isinstance(model, Collapsed):
         _drop_num_classes(folder / CONFIG_FILE)
@@ -95,8 +99,7 @@ def _drop_num_classes(config_file: Path) -> None:
 def _needs_its_orderer(model: Collapsed, whole: bool) -> bool:
     if not isinstance(model.orderer, CollapseOrder) or model.orderer.model is None:
         return False
-    reference = getattr(model, "_model_args", {}).get("orderer")
-    return reference is not None and (whole or not timm.is_model(str(reference).split(".")[0]))
+    return whole or not timm.is_model(str(model._model_args["orderer"]).split(".")[0])
 
 
 def load_weights(model: nn.Module, source: str | Path) -> None:
