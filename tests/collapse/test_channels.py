@@ -46,6 +46,13 @@ def test_a_ranker_takes_grey_as_rgb_and_refuses_four_channels():
     assert type(plain) is timm.models.VisionTransformer
 
 
+@pytest.mark.parametrize("own, given", [(1, 3), (3, 1)])
+def test_images_of_other_channels_than_the_models_are_refused(own, given):
+    model = collapse(vit(in_chans=own), "bayer", keep=0.25)
+    with pytest.raises(CollapseError, match=f"images must have {own} channels, as the model's, got a float32 tensor"):
+        model(torch.rand(2, given, 64, 64))
+
+
 def test_one_value_of_a_normalisation_is_for_all_channels_and_a_wrong_number_is_refused():
     model = collapse(vit(), "bayer", mean=(0.5,), std=0.25)
     assert model.normalisation == Normalisation((0.5,) * 3, (0.25,) * 3)

@@ -103,7 +103,9 @@ def test_wrong_arguments_name_what_was_given():
         (lambda: collapse("vit", "bayer"), "model must be"),
         (lambda: collapse(vit(), nn.Linear(2, 2)), "orderer must be a CollapseOrder"),
         (lambda: collapse(vit(), None), "orderer must be"),
-        (lambda: collapse(vit(), "no_such_orderer"), "no_such_orderer"),
+        (lambda: collapse(vit(), "no_such_orderer"), "^orderer: 'no_such_orderer' is neither"),
+        (lambda: timm.create_model("cvit_tiny_patch16", orderer="no_such_orderer"), "^orderer: 'no_such_orderer'"),
+        (lambda: collapse(vit(), "bayer", positions="close"), "positions must be 'keep' for other than"),
         (
             lambda: collapse(vit(), "bayer", remainder="mean"),
             "remainder must be one of none, fused, coarse, mixed, got 'mean'",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_collapse import CollapseError, Order, Ranker
-from timm_collapse.collapse.remainder import Prefix
+from timm_collapse.collapse.remainder import Plan
 from timm_collapse.lessons.features import FeatureLesson
 
 SHAPE = {"embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -96,7 +96,7 @@ class OnePatchMatters:
         return (4, 4)
 
     def plan(self, budget, grid):
-        return Prefix(budget, grid, (8, 8))
+        return Plan(budget, grid, (8, 8))
 
     def __call__(self, images, order=None):
         brightest = F.avg_pool2d(images.mean(1, keepdim=True), 8).flatten(1).argmax(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The collapsed model: a base class that finds the kept patches.
+"""The collapsed model: what every family of image models shares, from its settings to the patches that are kept.
 
 A model is collapsed in place by `collapse`: its `__class__` becomes a subclass of its own class, so parameter names,
 `isinstance` and every method stay, and the forward pass sees fewer tokens.
@@ -17,7 +17,7 @@ from ..models.normalisation import Normalisation
 from ..order import CollapseError, Order, check_keep, resolve_keep
 from ..order.errors import describe
 from .holder import HoldsOrderer
-from .remainder import REMAINDERS, Prefix, plan_remainder
+from .remainder import REMAINDERS, Plan, plan_remainder
 from .selection import Carrier, Selection, fit_images
 
 
@@ -162,14 +162,16 @@ class Collapsed(HoldsOrderer):
             order = order.to(images.device)
         return plan.select(order, images, self._embed_patches, partial(self._patch_positions, grid))
 
-    def plan(self, budget: int, grid: tuple[int, int]) -> Prefix:
+    def plan(self, budget: int, grid: tuple[int, int]) -> Plan:
         """What the tokens of a budget are, on a grid of patches (h, w)."""
         return plan_remainder(self.remainder, budget, grid, self._patch_size(), self.coarse_share)
 
     # -- nn.Module ---------------------------------------------------------------------------------------------------
 
     def extra_repr(self) -> str:
-        return f"keep={self.keep}, remainder={self.remainder!r}, orderer={self.orderer}"
+        # not the layers of the orderer's network: they are none of the model's
+        orderer = f"{type(self.orderer).__name__}({self.orderer.extra_repr()})"
+        return f"keep={self.keep}, remainder={self.remainder!r}, orderer={orderer}"
 
 
 def check_remainder(remainder: str, why_none: str) -> None:

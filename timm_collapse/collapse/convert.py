@@ -57,19 +57,21 @@ def collapse(
 
     The model's class becomes a subclass of its own, with the same parameter names and methods; `model.keep` may be
     changed at any time, and `model(images, order=order)` takes a given `Order`. A collapsed model can be collapsed
-    again, to change the orderer.
+    again, to change the orderer. timm's `save_for_hf` writes it as a `cvit` of its architecture, with these settings:
+    `pretrained_cfg["architecture"]` says so from now on.
 
     Args:
         model: A timm `VisionTransformer`, `VisionTransformerDistilled`, `Eva`, `NaFlexVit`, `Cait` or `Beit`; or a
             transformers ViT, DINOv2, DINOv3, SigLIP or CLIP vision model, or image Perceiver; or a vision-language
             model of transformers, see `CollapsedVlm`.
-        orderer: What orders the patches, or its name, as for `CollapseOrder.from_pretrained`, or a baseline's.
-        keep: Token budget, a ratio in (0, 1] of the patches, or a count.
+        orderer: What orders the patches, or its name, as for `CollapseOrder.named`.
+        keep: Token budget, a ratio in (0, 1] of the patches, or a count of at least 2.
         remainder: What becomes of the dropped patches: "none", "fused", "coarse" or "mixed", see `Collapsed`.
         coarse_share: Share of the budget that coarse tokens may take, in (0, 1].
         mean, std: Normalisation of the images that the model gets, one number or one a channel; None takes what the
             model is collapsed with already, or its `pretrained_cfg` (timm's default, ImageNet's, where it has none), or
             for transformers' models what their family is trained with; their averages for other than RGB images.
+        positions: Of the text of a vision-language model: "keep" or "close", see `CollapsedVlm`.
 
     Returns:
         The same object.
@@ -89,6 +91,8 @@ def collapse(
         if remainder != "none":
             raise CollapseError(f"remainder must be none for a vision-language model, got {remainder!r}")
         return collapse_vlm(model, orderer, keep, positions, mean, std)
+    if positions != "keep":
+        raise CollapseError(f"positions must be 'keep' for other than a vision-language model, got {positions!r}")
     # all is checked before anything changes: a refused model stays as it was
     cls = type(model)
     if not isinstance(model, Collapsed):
@@ -104,11 +108,11 @@ def collapse(
     model.__class__ = cls
     model.set_up(orderer, keep, remainder, coarse_share, normalisation)
     cfg = {} if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
-    if "architecture" in cfg and "orderer" not in getattr(model, "_model_args", {}):  # any of timm: becomes a `cvit`
+    if "architecture" in cfg and "orderer" not in getattr(model, "_model_args", {}):  # of timm, not yet a `cvit`
         own = {"architecture": "cvit", "mean": normalisation.mean, "std": normalisation.std}
         model.pretrained_cfg = model.default_cfg = {**cfg, **own}
         update_model_args(model, base=cfg["architecture"], keep=keep, orderer="")
-    if "orderer" in getattr(model, "_model_args", {}):  # a registered cvit: what save_for_hf writes
+    if "orderer" in getattr(model, "_model_args", {}):  # a `cvit`: what save_for_hf writes
         reference = given if isinstance(given, str) else orderer.baseline_name or f"./{ORDERER_FOLDER}"
         update_model_args(model, orderer=reference, remainder=remainder, coarse_share=coarse_share)
     return model

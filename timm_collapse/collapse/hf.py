@@ -33,7 +33,7 @@ def take_name(cls: type) -> None:
 
 
 class Part:
-    """Mixin of the modules inside of a collapsed model that see its selection; made by `attach`."""
+    """Mixin of the modules inside of a collapsed model that see its selection; made by `CollapsedHf._attach_part`."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

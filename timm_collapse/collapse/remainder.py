@@ -27,8 +27,8 @@ Positions = Callable[[], Tensor | None]
 """Gives what is added to the embeddings of the whole grid, (1, N, D); None: nothing is."""
 
 
-class Prefix:
-    """The first patches of the order, and nothing for the others.
+class Plan:
+    """What the tokens of a budget are. This one: the first patches of the order, and nothing for the others.
 
     Args:
         budget: Tokens.
@@ -56,7 +56,7 @@ class Prefix:
         return Selection(order.first(self.places), self.grid)
 
 
-class Fused(Prefix):
+class Fused(Plan):
     """One token is the mean of the dropped patches' embeddings."""
 
     def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int]):
@@ -75,7 +75,7 @@ class Fused(Prefix):
         return with_cells(first, tokens, (1, 1))
 
 
-class Coarse(Prefix):
+class Coarse(Plan):
     """Some tokens are the whole image at low resolution: at most a share of the budget."""
 
     def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int], share: float):
@@ -92,7 +92,7 @@ class Coarse(Prefix):
         return with_cells(first, tokens, self.cells)
 
 
-class Mixed(Prefix):
+class Mixed(Plan):
     """A pyramid of patches: small ones where the order comes early, ever larger ones elsewhere, each one token."""
 
     def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int], share: float):
@@ -117,7 +117,7 @@ class Mixed(Prefix):
 
 def plan_remainder(
     remainder: str, budget: int, grid: tuple[int, int], patch_size: tuple[int, int], share: float
-) -> Prefix:
+) -> Plan:
     """The plan of a remainder ("none", "fused", "coarse" or "mixed"), see `Collapsed`."""
     if remainder == "fused":
         return Fused(budget, grid, patch_size)
@@ -125,7 +125,7 @@ def plan_remainder(
         return Coarse(budget, grid, patch_size, share)
     if remainder == "mixed":
         return Mixed(budget, grid, patch_size, share)
-    return Prefix(budget, grid, patch_size)
+    return Plan(budget, grid, patch_size)
 
 
 def coarse_tokens(

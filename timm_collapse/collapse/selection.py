@@ -1,6 +1,6 @@
 """The patches of one forward pass, and how the parts of a collapsed model come to know of them.
 
-Nothing here knows of a model family.
+What only some families need is in their files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from timm.layers import Format, PatchEmbed
 from torch import Tensor, nn
 
 from ..models.transformer import gather_tokens, scatter_tokens
+from ..order import CollapseError
+from ..order.errors import describe
 
 
 class Selection(NamedTuple):
@@ -100,8 +102,14 @@ class KeepPatches(nn.Module):
 
 
 def embed_kept(conv: nn.Conv2d, images: Tensor, selection: Selection) -> Tensor:
-    """What a strided convolution without padding gives for the kept patches, (B, k, D): the others are never read."""
+    """What a strided convolution without padding gives for the kept patches, (B, k, D): the others are never read.
+
+    Raises:
+        CollapseError: Images of another number of channels.
+    """
     (b, c), (p, q), (h, w) = images.shape[:2], conv.stride, selection.grid
+    if c != conv.in_channels:
+        raise CollapseError(f"images must have {conv.in_channels} channels, as the model's, got {describe(images)}")
     patches = images[..., : h * p, : w * q].reshape(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
     rows = torch.arange(b, device=images.device).unsqueeze(1)
     patches = patches[rows, selection.kept // w, selection.kept % w].flatten(2)  # (B, k, C p q)

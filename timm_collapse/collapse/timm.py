@@ -1,4 +1,4 @@
-"""Collapsed models of timm: what its families share, and ViT and Eva; `adapters` has further ones."""
+"""Collapsed models of timm: what its families share, and ViT and Eva; `timm_families` has further ones."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class CollapsedNaFlex(CollapsedTimm):
         """As the plain model's; `order` takes the place of the orderer's."""
         patchified = isinstance(x, dict) or patch_coord is not None
         if order is None and (patchified or self.keep == 1.0):
-            return super(Collapsed, self).forward(x, patch_coord, patch_valid, attn_mask)
+            return super(Collapsed, self).forward(x, patch_coord, patch_valid, attn_mask)  # timm's own
         features = self.forward_features(x, patch_coord, patch_valid, attn_mask, order=order)
         return self.forward_head(features)
 

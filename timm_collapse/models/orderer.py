@@ -46,9 +46,10 @@ class CollapseOrder(nn.Module):
     to the meta device; where they were built on it, they are loaded again from `source`.
 
     Attributes:
+        model: The network; None for a baseline. baseline_name: The baseline's; None for a network.
         source: The name that `from_pretrained` found it by; None: it was made otherwise.
         mean, std: Normalisation of the images, per channel, as tuples.
-        grid: Patch grid (h, w) in which the scores are made.
+        grid: Patch grid (h, w) in which the scores are made; None for a baseline, which scores any grid.
     """
 
     def __init__(
@@ -95,8 +96,17 @@ class CollapseOrder(nn.Module):
 
     @classmethod
     def named(cls, name: str, seed: int | None = None) -> CollapseOrder:
-        """A baseline by its name, or anything that `from_pretrained` finds."""
-        return cls.baseline(name, seed) if name in BASELINES else cls.from_pretrained(name)
+        """A baseline by its name, or anything that `from_pretrained` finds: what an argument `orderer` takes.
+
+        Raises:
+            CollapseError: As `from_pretrained`; the message names the argument `orderer`.
+        """
+        if name in BASELINES:
+            return cls.baseline(name, seed)
+        try:
+            return cls.from_pretrained(name)
+        except CollapseError as error:
+            raise CollapseError(f"orderer: {str(error).removeprefix('name: ')}") from error
 
     @classmethod
     def from_pretrained(cls, name: str, **kwargs) -> CollapseOrder:
@@ -250,7 +260,11 @@ class CollapseOrder(nn.Module):
         return words.strip()
 
     def extra_repr(self) -> str:
-        return f"{self.baseline_name or type(self.model).__name__}, grid={self.grid}, ranking={self.ranking!r}"
+        if self.model is None:
+            return self.baseline_name
+        ranking = f", ranking={self.ranking!r}" if isinstance(self.model, CoMAE) else ""
+        source = "" if self.source is None else f", source={self.source!r}"
+        return f"{type(self.model).__name__}, grid={self.grid}{ranking}{source}"
 
 
 def _from_hub(name: str) -> tuple[str, dict[str, Any]]:
