@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from token_merging import TokenMerging, schedule_for_macs
+from token_merging import TokenMerging, input_size, merging_for_macs
 from torch import nn
 
 import timm_collapse  # noqa: F401  (registers the models)
@@ -97,19 +97,14 @@ def make_variants(
     image = torch.randn(1, *input_size(plain))
     macs = {name: count_macs(call(model, at, image)) for name, (model, at) in variants.items()}
     if isinstance(plain, VisionTransformer):
-        depth, tokens = len(plain.blocks), plain.patch_embed.num_patches + plain.num_prefix_tokens
-        merging = {f"token merging, r = {published_r}": [published_r] * depth}
-
-        def count(schedule: list[int]) -> float:
-            return count_macs(lambda: TokenMerging(plain, schedule)(image))
-
-        equal = schedule_for_macs(count, macs[cheap], depth, tokens)
-        near = "equal" if abs(count(equal) / macs[cheap] - 1) < 0.02 else "nearest"  # few merges left: none is equal
-        span = f"{equal[-1]}" if equal[0] == equal[-1] else f"{equal[-1]} to {equal[0]}"
-        merging[f"token merging, {near} MACs (r = {span})"] = equal
-        for name, schedule in merging.items():
-            variants[name] = (TokenMerging(plain, schedule).eval(), None)
-            macs[name] = count(schedule)
+        published = TokenMerging(plain, published_r).eval()
+        merging = {f"token merging, r = {published_r}": (published, count_macs(call(published, None, image)))}
+        equal, count = merging_for_macs(plain, macs[cheap])
+        near = "equal" if abs(count / macs[cheap] - 1) < 0.02 else "nearest"  # few merges left: none is equal
+        span = f"{equal.r[-1]}" if equal.r[0] == equal.r[-1] else f"{equal.r[-1]} to {equal.r[0]}"
+        merging[f"token merging, {near} MACs (r = {span})"] = equal, count
+        for name, (model, count) in merging.items():
+            variants[name], macs[name] = (model, None), count
     return variants, macs
 
 
@@ -155,11 +150,6 @@ def make_rows(macs: dict[str, float], found: dict[int, dict[str, float]]) -> lis
             row[f"batch {batch}"] = f"{speeds[name]:.1f} ({speeds[name] / speeds[PLAIN]:.2f}x)"
         rows.append(row)
     return rows
-
-
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(3, H, W) of the images that a model takes."""
-    return (3, *model.patch_embed.img_size) if model.patch_embed.img_size else tuple(model.pretrained_cfg["input_size"])
 
 
 if __name__ == "__main__":

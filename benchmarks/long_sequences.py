@@ -12,16 +12,16 @@ import argparse
 import json
 import resource
 import signal
+import statistics
 import subprocess
 import sys
-import time
 
 import timm
 import torch
 
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse import CollapseOrder, Order, pagerank
-from timm_collapse.evaluation.cost import autocast
+from timm_collapse.evaluation.cost import autocast, clock
 from timm_collapse.evaluation.report import RESULTS, hardware, markdown_table, write_section
 from timm_collapse.models.refine import hierarchical_dependency
 from timm_collapse.order import HierarchicalGraph, hierarchical_pagerank, spearman
@@ -49,17 +49,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def clock(function):
-    """The result and the seconds of a call."""
-    if device().type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = function()
-    if device().type == "cuda":
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
-
-
 def peak() -> float:
     """Peak memory in GiB: of the GPU, or of this process."""
     if device().type == "cuda":
@@ -67,26 +56,38 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def forward(keep: float, train: bool, args: argparse.Namespace) -> dict[str, float]:
-    """One pass, or one training step with gradient checkpointing, of a model with random weights."""
+def forward(
+    name: str, keep: float, train: bool, side: int = SIDE, images: int = 1, precision: str = "bf16", runs: int = 1
+) -> dict[str, float]:
+    """A pass, or a training step with gradient checkpointing, of a model with random weights; the median of its runs.
+
+    Args:
+        name: A cvit_*.
+        keep: Share of the patches.
+        train: Also the backward pass.
+        side: Of the images, in pixels.
+        images: In a batch.
+        precision: "no" or "bf16".
+        runs: Timed ones; on a GPU after one to warm up.
+    """
     torch.manual_seed(0)
-    model = timm.create_model(args.model, img_size=SIDE, keep=keep).to(device())
-    images = torch.randn(args.images, 3, SIDE, SIDE, device=device())
+    model = timm.create_model(name, img_size=side, keep=keep).to(device())
+    batch = torch.randn(images, 3, side, side, device=device())
     model.train(train)
     model.set_grad_checkpointing(train)
 
     def step():
-        with autocast(device(), args.precision), torch.set_grad_enabled(train):
-            logits = model(images).float()
+        with autocast(device(), precision), torch.set_grad_enabled(train):
+            logits = model(batch).float()
             if train:
                 logits.square().mean().backward()
-        return logits
 
     tokens = round(keep * model.patch_embed.num_patches)
     if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         step()  # warm
     before = peak() if device().type == "cpu" else 0.0
-    _, seconds = clock(step)
+    seconds = statistics.median(clock(step)[1] for _ in range(runs))
     return {"tokens": tokens, "seconds": seconds, "peak": peak(), "before": before}
 
 
@@ -139,8 +140,8 @@ def sparse_pagerank(side: int, args: argparse.Namespace) -> dict[str, float]:
 
 
 MEASURES = {
-    "forward": lambda value, args: forward(float(value), False, args),
-    "train": lambda value, args: forward(float(value), True, args),
+    "forward": lambda value, args: forward(args.model, float(value), False, SIDE, args.images, args.precision),
+    "train": lambda value, args: forward(args.model, float(value), True, SIDE, args.images, args.precision),
     "ranker": lambda value, args: ranker_order(args),
     "comae": lambda value, args: comae_order(args),
     "pagerank": lambda value, args: sparse_pagerank(int(value), args),

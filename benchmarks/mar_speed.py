@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -20,6 +22,7 @@ import torch
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse.evaluation import images_per_second
 from timm_collapse.evaluation.report import markdown_table, write_section
+from timm_collapse.models.mar import MAR
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "models"))
 from mar_literal import literal_generate  # noqa: E402
@@ -42,14 +45,8 @@ def main() -> None:
     rows, data = [], {}
     for name in args.models:
         mar = timm.create_model(name, num_sampling_steps=args.diffusion_steps, latent_bound=0.0).eval().to(device)
-        labels = torch.arange(args.batch_size, device=device) % mar.num_classes
-        order = torch.rand(args.batch_size, mar.seq_len, device=device).argsort(1)
-        noise = torch.randn(args.batch_size, mar.seq_len, mar.token_dim, device=device)
-        plan = (labels, args.steps, args.guidance_scale, "linear", 1.0, order, noise)
-        calls = {
-            "literal": lambda mar=mar, plan=plan: literal_generate(mar, *plan, torch.Generator(device)),
-            "fast": lambda mar=mar, plan=plan: mar.generate(*plan, torch.Generator(device)),
-        }
+        plan = make_plan(mar, args.batch_size, args.steps, args.guidance_scale)
+        calls = samplers(mar, plan)
         annealed = (args.diffusion_steps, max(2, args.diffusion_steps // 5))
         calls[f"fast, diffusion steps {annealed[0]} to {annealed[1]}"] = lambda mar=mar, plan=plan, annealed=annealed: (
             mar.generate(*plan, torch.Generator(device), diffusion_steps=annealed)
@@ -72,6 +69,24 @@ def main() -> None:
         text += f"\n\nPeak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB."
     write_section(f"mar_speed_{device.type}", f"Speed of generation ({device.type})", text, data)
     print(text)
+
+
+def make_plan(mar: MAR, batch_size: int, steps: int, guidance_scale: float) -> tuple[Any, ...]:
+    """What both samplers are given, but for the generator: labels, steps, guidance, temperature 1, orders, noise."""
+    device = mar.fake_latent.device
+    labels = torch.arange(batch_size, device=device) % mar.num_classes
+    order = torch.rand(batch_size, mar.seq_len, device=device).argsort(1)
+    noise = torch.randn(batch_size, mar.seq_len, mar.token_dim, device=device)
+    return labels, steps, guidance_scale, "linear", 1.0, order, noise
+
+
+def samplers(mar: MAR, plan: tuple[Any, ...]) -> dict[str, Callable[[], object]]:
+    """A call of the literal loop and one of the fast sampler."""
+    device = mar.fake_latent.device
+    return {
+        "literal": lambda: literal_generate(mar, *plan, torch.Generator(device)),
+        "fast": lambda: mar.generate(*plan, torch.Generator(device)),
+    }
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from timm_collapse import CollapseError
+from timm_collapse.evaluation import count_macs
 
 
 def match_tokens(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,3 +149,21 @@ def schedule_for_macs(count: Callable[[list[int]], float], target: float, depth:
             low = middle + 1
     candidates = [schedule(low)] + ([schedule(low - 1)] if low else [])
     return min(candidates, key=lambda each: abs(count(each) - target))
+
+
+def merging_for_macs(model: VisionTransformer, target: float) -> tuple[TokenMerging, float]:
+    """The token merging of a model whose cost is nearest to a target, and its multiply-accumulates an image."""
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size(model), device=parameter.device, dtype=parameter.dtype)
+
+    def count(schedule: list[int]) -> int:
+        return count_macs(lambda: TokenMerging(model, schedule)(image))
+
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    schedule = schedule_for_macs(count, target, len(model.blocks), tokens)
+    return TokenMerging(model, schedule).eval(), count(schedule)
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(3, H, W) of the images that a model takes."""
+    return (3, *model.patch_embed.img_size) if model.patch_embed.img_size else tuple(model.pretrained_cfg["input_size"])

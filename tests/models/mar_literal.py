@@ -187,8 +187,7 @@ def literal_generate(
                 return torch.zeros(wanted.numel(), channels, device=device)
             drawn = torch.randn(wanted.numel(), channels, generator=generator, device=generator.device).to(device)
             canvas = torch.zeros(batch, length, channels, device=device)
-            for row in range(batch):
-                canvas[row, wanted[row]] = drawn.view(batch, -1, channels)[row]
+            canvas[torch.arange(batch, device=device)[:, None], wanted] = drawn.view(batch, -1, channels)
             return canvas[places]
 
         z = z[(torch.cat([to_predict, to_predict]) if double else to_predict).nonzero(as_tuple=True)]

@@ -38,17 +38,18 @@ def write_section(name: str, title: str, text: str, data: dict[str, Any], result
         name: Identifier of the section and name of the JSON file.
         title: Heading.
         text: Markdown: tables and what they show.
-        data: The numbers, JSON-serialisable; command, versions and hardware are added.
+        data: The numbers, JSON-serialisable; "command", "hardware" and "torch" are added where it does not name them.
         results: The page.
     """
-    command = shlex.join(["python", *(relative_paths(argument) for argument in sys.argv)])
+    command = data.get("command") or shlex.join(["python", *(relative_paths(argument) for argument in sys.argv)])
+    machine = data.get("hardware") or hardware()
     results.parent.mkdir(parents=True, exist_ok=True)
-    body = f"<!-- {name} -->\n## {title}\n\n{text}\n\nCommand: `{command}`; {hardware()}.\n<!-- end {name} -->\n"
+    body = f"<!-- {name} -->\n## {title}\n\n{text}\n\nCommand: `{command}`; {machine}.\n<!-- end {name} -->\n"
     page = results.read_text() if results.exists() else "# Results\n\nWritten by the commands that measure.\n\n"
     pattern = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- end {re.escape(name)} -->\n", re.DOTALL)
     page = pattern.sub(lambda _: body, page) if pattern.search(page) else page.rstrip("\n") + "\n\n" + body
     results.write_text(page)
-    facts = {"command": command, "hardware": hardware(), "torch": torch.__version__}
+    facts = {"command": command, "hardware": machine, "torch": torch.__version__}
     (results.parent / f"{name}.json").write_text(json.dumps({**facts, **data}, indent=1) + "\n")
 
 
