@@ -10,11 +10,10 @@ from functools import partial
 from numbers import Real
 
 import torch
-from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from ..models.normalisation import Normalisation
-from ..order import CollapseError, Order, check_keep, resolve_keep
+from ..order import CollapseError, Order, resolve_keep
 from ..order.errors import describe
 from .holder import HoldsOrderer
 from .remainder import REMAINDERS, Plan, plan_remainder
@@ -53,17 +52,6 @@ class Collapsed(HoldsOrderer):
         raise NotImplementedError
 
     @property
-    def keep(self) -> float | int:
-        # it is text, which torch.compile takes for a constant: a float that has changed once becomes a symbol there,
-        # and no number of tokens can depend on that
-        return int(self._keep) if self._keep.isdecimal() else float(self._keep)
-
-    @keep.setter
-    def keep(self, keep: float | int) -> None:
-        self._keep = repr(check_keep(keep))
-        self._record(keep=self.keep)
-
-    @property
     def remainder(self) -> str:
         return self._remainder
 
@@ -71,7 +59,7 @@ class Collapsed(HoldsOrderer):
     def remainder(self, remainder: str) -> None:
         check_remainder(remainder, self.why_no_remainder())
         self._remainder = remainder
-        self._record(remainder=remainder)
+        self.record(remainder=remainder)
 
     @property
     def coarse_share(self) -> float:
@@ -80,12 +68,7 @@ class Collapsed(HoldsOrderer):
     @coarse_share.setter
     def coarse_share(self, coarse_share: float) -> None:
         self._coarse_share = repr(check_share(coarse_share))
-        self._record(coarse_share=self.coarse_share)
-
-    def _record(self, **settings) -> None:
-        """Also write settings where timm's save_for_hf takes them from, in a model that it builds again collapsed."""
-        if "orderer" in getattr(self, "_model_args", {}):
-            update_model_args(self, **settings)
+        self.record(coarse_share=self.coarse_share)
 
     def why_no_remainder(self) -> str:
         """Why no token can stand for the dropped patches; empty where one can. Of a plain model, too."""

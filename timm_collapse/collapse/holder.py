@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from timm.models._input import update_model_args
 from torch import nn
 
 from ..models.orderer import CollapseOrder
-from ..order import CollapseError
+from ..order import CollapseError, check_keep
 
 
 class HoldsOrderer:
@@ -18,9 +19,27 @@ class HoldsOrderer:
         orderer: `CollapseOrder`; a model of its own. It is no submodule: `parameters`, `named_modules` and `state_dict`
             do not see it, so nothing trains, adapts, averages, empties or saves it along. It goes to the model's device
             and precision. To change it, `collapse` again.
+        keep: Token budget, a ratio in (0, 1] or a count of at least 2; may be changed at any time. 1 is the plain
+            model, bit for bit, and computes no order.
     """
 
     orderer: CollapseOrder
+
+    @property
+    def keep(self) -> float | int:
+        # it is text, which torch.compile takes for a constant: a float that has changed once becomes a symbol there,
+        # and no number of tokens can depend on that
+        return int(self._keep) if self._keep.isdecimal() else float(self._keep)
+
+    @keep.setter
+    def keep(self, keep: float | int) -> None:
+        self._keep = repr(check_keep(keep))
+        self.record(keep=self.keep)
+
+    def record(self, **settings) -> None:
+        """Also write settings where timm's save_for_hf takes them from, in a model that it builds again collapsed."""
+        if "orderer" in getattr(self, "_model_args", {}):
+            update_model_args(self, **settings)
 
     def hold(self, orderer: CollapseOrder) -> None:
         """Take an orderer, to the device of the model."""

@@ -9,55 +9,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.normalisation import Normalisation
 from ..models.orderer import CollapseOrder
-from ..order import CollapseError, Order, check_keep, resolve_keep
+from ..order import CollapseError, Order, resolve_keep
 from ..order.errors import describe
 from .holder import HoldsOrderer
+from .vlm_text import AS_LONG_AS_TEXT, Gap, Kept, Shortened, cache_of, go_on, next_positions, text_of
 
 POSITIONS = ("keep", "close")
 """What becomes of the positions of dropped tokens: gaps, or the tokens behind close up."""
-
-AS_LONG_AS_TEXT = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
-"""Inputs (B, L) from which dropped tokens are taken, and what padding they get."""
-
-
-class Kept(NamedTuple):
-    """Which cells of each image of a batch are seen, images in the order of their placeholders."""
-
-    cells: list[Tensor]
-    """One (k,) long each, ascending."""
-    counts: list[int]
-    """Cells that each image has."""
-    order: Order | None
-    """Of all images, where they have one grid."""
-
-    def mask(self) -> Tensor:
-        """(sum of counts,) bool: which placeholders stay, one image after the other."""
-        masks = [torch.zeros(n, dtype=torch.bool, device=k.device).scatter(0, k, True) for k, n in zip(*self[:2])]
-        return torch.cat(masks)
-
-
-class Shortened(NamedTuple):
-    """A text without the placeholders of dropped cells."""
-
-    inputs: dict[str, Any]
-    index: Tensor
-    """(B, L') long: the place in the whole text of each token."""
-    real: Tensor
-    """(B, L') bool: False for padding on the left, where texts of a batch lose different numbers of tokens."""
-    length: int
-    """L, of the whole text."""
-
-    def spread(self, logits: Tensor) -> Tensor:
-        """(B, L', V) -> (B, L, V), 0 at dropped tokens."""
-        whole = logits.new_zeros(logits.shape[0], self.length, logits.shape[-1])
-        return whole.scatter(1, self.index.unsqueeze(-1).expand_as(logits), logits * self.real.unsqueeze(-1))
 
 
 class CollapsedVlm(HoldsOrderer):
@@ -98,14 +63,6 @@ class CollapsedVlm(HoldsOrderer):
         """The tower, where it drops patches by itself once it is collapsed."""
         return None
 
-    @property
-    def keep(self) -> float | int:
-        return self._keep
-
-    @keep.setter
-    def keep(self, keep: float | int) -> None:
-        self._keep = check_keep(keep)
-
     # -- what a family says ------------------------------------------------------------------------------------------
 
     def _images(self, inputs: dict[str, Any]) -> list[tuple[list[int], Tensor, tuple[int, int]]]:
@@ -119,8 +76,8 @@ class CollapsedVlm(HoldsOrderer):
     def _positions_of(self, inputs: dict[str, Any], generating: bool) -> Tensor | None:
         """Positions of the whole text, (B, L) or (axes, B, L), as the stock model has them."""
         if generating:
-            return self._prepare_position_ids_for_generation(_text(inputs), dict(inputs))
-        text = _text(inputs)
+            return self._prepare_position_ids_for_generation(text_of(inputs), dict(inputs))
+        text = text_of(inputs)
         return torch.arange(text.shape[1], device=text.device).expand(text.shape[0], -1)
 
     # -- dropping ----------------------------------------------------------------------------------------------------
@@ -147,7 +104,7 @@ class CollapsedVlm(HoldsOrderer):
         counts, orders = [0] * total, []
         for numbers, images, grid in groups:
             n = grid[0] * grid[1]
-            budget = resolve_keep(self._keep, n)
+            budget = resolve_keep(self.keep, n)
             if order is None:
                 of_group = self.orderer(
                     self.normalisation.to(Normalisation.of(self.orderer), images.float()), grid=grid, upto=budget
@@ -168,9 +125,9 @@ class CollapsedVlm(HoldsOrderer):
 
     def _shorten(self, inputs: dict[str, Any], order, generating: bool) -> Shortened | None:
         """The inputs without what is dropped; None where nothing is."""
-        if inputs.get("pixel_values") is None or (self._keep == 1.0 and order is None):
+        if inputs.get("pixel_values") is None or (self.keep == 1.0 and order is None):
             return None
-        text = _text(inputs)
+        text = text_of(inputs)
         if inputs.get("pixel_values_videos") is not None:
             raise CollapseError(
                 "pixel_values_videos must be None while image tokens are dropped: videos are not ordered"
@@ -178,7 +135,7 @@ class CollapsedVlm(HoldsOrderer):
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != text.shape[1]):
             raise CollapseError(f"attention_mask must be of shape {tuple(text.shape[:2])}, got {describe(mask)}")
-        if (cache := _cache(inputs)) is not None and cache.get_seq_length() > 0:
+        if (cache := cache_of(inputs)) is not None and cache.get_seq_length() > 0:
             raise CollapseError(
                 "cache must be empty where images come in while image tokens are dropped, got one of "
                 f"{cache.get_seq_length()} tokens: encode the whole conversation anew, or set keep to 1"
@@ -244,18 +201,18 @@ class CollapsedVlm(HoldsOrderer):
         if not logits_to_keep:
             out.logits = short.spread(out.logits)
         if (cache := getattr(out, "cache", None)) is not None:
-            last = _next_positions(short)
+            last = next_positions(short)
             cache.shortened = Gap(short.length, short.index.shape[1], short.real, last)
         return out.to_tuple() if as_tuple else out
 
     def _going_on(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs from which nothing is dropped, perhaps because it is already."""
-        mask, cache = inputs.get("attention_mask"), _cache(inputs)
+        mask, cache = inputs.get("attention_mask"), cache_of(inputs)
         if (gap := getattr(cache, "shortened", None)) is not None and (mask is None or mask.ndim == 2):
-            return _after_shortened(inputs, gap)
-        if mask is None and cache is None and self._keep != 1.0 and inputs.get("position_ids") is not None:
+            return go_on(inputs, gap)
+        if mask is None and cache is None and self.keep != 1.0 and inputs.get("position_ids") is not None:
             # without a mask the stock model would take gaps between positions for the ends of packed texts
-            text = _text(inputs)
+            text = text_of(inputs)
             return {**inputs, "attention_mask": torch.ones(text.shape[:2], dtype=torch.long, device=text.device)}
         return inputs
 
@@ -285,54 +242,6 @@ class CollapsedVlm(HoldsOrderer):
             return sequences
         result.sequences = sequences
         return result
-
-
-class Gap(NamedTuple):
-    """What a cache remembers of the text that it was filled with."""
-
-    length: int
-    """Of the whole text."""
-    held: int
-    """Tokens in the cache."""
-    real: Tensor
-    """(B, held) bool."""
-    following: Tensor
-    """Position of the token that follows, (B,) or (axes, B)."""
-
-
-def _next_positions(short: Shortened) -> Tensor:
-    positions = short.inputs["position_ids"]
-    highest = positions.masked_fill(~short.real, 0).amax(-1)
-    return (highest.amax(0, keepdim=True).expand_as(highest) if highest.ndim == 2 else highest) + 1
-
-
-def _after_shortened(inputs: dict[str, Any], gap: Gap) -> dict[str, Any]:
-    """Inputs that go on with a cache: mask and positions of the whole text become those of the tokens in the cache."""
-    inputs, cache = dict(inputs), _cache(inputs)
-    text, seen = _text(inputs), cache.get_seq_length()
-    later = torch.ones(text.shape[0], seen - gap.held + text.shape[1], dtype=torch.long, device=text.device)
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.shape[1] == gap.length + later.shape[1]:
-        later = mask[:, gap.length :]
-    if mask is None or mask.shape[1] != gap.held + later.shape[1]:
-        inputs["attention_mask"] = torch.cat([gap.real.to(later), later], 1)
-    if inputs.get("position_ids") is None:
-        steps = torch.arange(text.shape[1], device=text.device) + (seen - gap.held)
-        inputs["position_ids"] = gap.following.unsqueeze(-1) + steps
-    return inputs
-
-
-def _text(inputs: dict[str, Any]) -> Tensor:
-    """input_ids (B, L), or inputs_embeds (B, L, D)."""
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(inputs.get(name), Tensor):
-            return inputs[name]
-    raise CollapseError("input_ids or inputs_embeds must be given, got neither")
-
-
-def _cache(inputs: dict[str, Any]):
-    cache = inputs.get("cache")
-    return inputs.get("past_key_values") if cache is None else cache
 
 
 def _with_order(stock) -> tuple[Any, list[str]]:

@@ -25,7 +25,9 @@ from ..models.transformer import gather_tokens
 from ..order import CollapseError
 from ..order.errors import describe
 from .hf_families import find_hf_adapter, hf_cfg
-from .vlm import CollapsedVlm, Kept, core
+from .holder import HoldsOrderer
+from .vlm import CollapsedVlm, core
+from .vlm_text import Kept
 
 HALF = Normalisation(IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
 CLIP = Normalisation(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
@@ -37,9 +39,9 @@ class CollapsedLlava(CollapsedVlm):
     def tower(self) -> nn.Module:
         return core(self).vision_tower
 
-    @CollapsedVlm.keep.setter
+    @HoldsOrderer.keep.setter
     def keep(self, keep: float | int) -> None:
-        CollapsedVlm.keep.fset(self, keep)
+        HoldsOrderer.keep.fset(self, keep)
         self.tower().keep = keep
 
     def _images(self, inputs: dict[str, Any]) -> list[tuple[list[int], Tensor, tuple[int, int]]]:
