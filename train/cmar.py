@@ -83,11 +83,8 @@ class Args(TrainArgs):
         if self.predict_steps == -1:
             # from scratch, the few tokens of a step teach too slowly
             self.predict_steps = 16 if self.init and self.orderer != "random" else 0
-        if self.random_orders > 1:
-            raise CollapseError(f"random_orders: must be at most 1, got {self.random_orders}")
-        for name in ("random_orders", "jitter", "bank_per_class", "predict_steps"):
-            if getattr(self, name) < 0:
-                raise CollapseError(f"{name}: must be at least 0, got {getattr(self, name)}")
+        self.check_range("random_orders", high=1)
+        self.check_range("jitter", "bank_per_class", "predict_steps")
 
 
 def main() -> None:

@@ -77,6 +77,8 @@ class Args(TrainArgs):
         super().__post_init__()
         parse_keep(str(self.keep))
         self.budget(0.5)
+        self.check_range("jitter", "mixup", "distill")
+        self.check_range("random_orders", "crop_scale", "layer_decay", high=1)
         if self.order_table and self.mixup:
             raise CollapseError("order_table: has the orders of single images, so mixup must be 0")
 

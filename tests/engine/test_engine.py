@@ -221,6 +221,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
         ({"clip": -1.0}, "clip: must be at least 0, got -1.0"),
         ({"lr": -1e-3}, "lr: must be at least 0, got -0.001"),
         ({"lr": float("nan")}, "lr: must be at least 0, got nan"),
+        ({"lr": float("inf")}, "lr: must be at least 0, got inf"),
     ],
 )
 def test_values_that_cannot_train_are_refused(values, message):

@@ -130,6 +130,20 @@ def test_mask_rates_of_the_schedules():
         args(order_table="x", mixup=0.2)
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"jitter": -1.0}, "jitter: must be at least 0, got -1.0"),
+        ({"distill": float("nan")}, "distill: must be at least 0, got nan"),
+        ({"random_orders": 1.5}, r"random_orders: must be in \[0, 1\], got 1.5"),
+        ({"crop_scale": 2.0}, r"crop_scale: must be in \[0, 1\], got 2.0"),
+    ],
+)
+def test_values_that_cannot_train_are_refused(wrong, message):
+    with pytest.raises(CollapseError, match=message):
+        load_script().Args(**wrong)
+
+
 def test_a_fixed_budget_is_a_count_or_a_ratio():
     args = load_script().Args
     assert {args(keep="64", keep_schedule="fixed").budget(u) for u in (0.0, 0.5, 0.99)} == {64}

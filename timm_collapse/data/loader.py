@@ -66,7 +66,7 @@ class _Transformed(Dataset):
 
 
 class _Steps(Sampler):
-    """Batches of (position, index) from `start_step` on; every epoch is its own permutation."""
+    """Batches of (position, index) for some steps; every epoch is its own permutation."""
 
     def __init__(self, length: int, batch: int, steps: range, seed: int, rank: int, world: int):
         self.length, self.batch, self.steps, self.seed, self.rank, self.world = length, batch, steps, seed, rank, world
@@ -91,7 +91,7 @@ class _Steps(Sampler):
 
 
 class StepLoader:
-    """Iterates over batches (images, labels, ...) for the micro-steps [start, stop).
+    """Iterates over batches (images, labels, ...), one a micro-step.
 
     Args:
         dataset: Map-style (image, label, ...); what it draws from torch's generator depends on the seed and the step.

@@ -78,20 +78,23 @@ class TrainArgs:
         self.precision = self.precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.precision not in ("no", "bf16", "fp16"):
             raise CollapseError(f"precision: must be no, bf16 or fp16, got {self.precision!r}")
-        for name in ("steps", "batch_size", "grad_accum", "log_every"):
-            if getattr(self, name) < 1:
-                raise CollapseError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("workers", "clip", "lr"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise CollapseError(f"{name}: must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1:
-            raise CollapseError(f"warmup: must be in [0, 1], got {self.warmup}")
+        self.check_range("steps", "batch_size", "grad_accum", "log_every", low=1)
+        self.check_range("workers", "clip", "lr")
+        self.check_range("warmup", high=1)
         if not 0 <= self.ema < 1:
             raise CollapseError(f"ema: must be in [0, 1), got {self.ema}")
         if self.schedule not in ("cosine", "constant"):
             raise CollapseError(f"schedule: must be cosine or constant, got {self.schedule!r}")
         if self.resume not in ("auto", "none"):
             raise CollapseError(f"resume: must be 'auto' or 'none', got {self.resume!r}")
+
+    def check_range(self, *names: str, low: float = 0, high: float = math.inf) -> None:
+        """Raises CollapseError unless these arguments are finite and in [low, high]."""
+        for name in names:
+            value = getattr(self, name)
+            if not low <= value <= high or value == math.inf:
+                allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+                raise CollapseError(f"{name}: must be {allowed}, got {value}")
 
     @property
     def model_kwargs(self) -> dict[str, Any]:

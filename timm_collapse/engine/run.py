@@ -38,7 +38,7 @@ class Run:
 
     Args:
         args: The script's arguments.
-        model: What is trained.
+        model: What is trained. On a CPU its attention is no longer fused, which is faster there.
         dataset: Map-style (image, label, ...): what a batch holds.
         transform: Image -> tensor; None where the data set yields tensors.
         find_unused: Some steps leave parameters without gradient (needed by DDP).
