@@ -20,6 +20,7 @@ from timm_collapse.data import eval_transform, open_dataset
 from timm_collapse.evaluation import image_batches
 from timm_collapse.evaluation.cost import autocast
 from timm_collapse.evaluation.report import markdown_table, write_section
+from timm_collapse.hub.save import pretrained_source
 
 
 def parse() -> argparse.Namespace:
@@ -40,8 +41,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     config = json.loads((Path(args.model) / "config.json").read_text())
-    weights = {"file": str(Path(args.model) / "model.safetensors"), "num_classes": config["num_classes"],
-               "first_conv": "patch_embed.proj", "classifier": "head"}  # fmt: skip
+    weights = pretrained_source(args.model)
     models = {
         patch: timm.create_model(
             config["architecture"],
