@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from masked import Masked, NoOrder, randomize
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from timm_collapse import CollapseError, CollapseOrder, Order, collapse
+from timm_collapse import CollapseError, Order, collapse
 from timm_collapse.collapse.convert import ADAPTERS
+from timm_collapse.collapse.timm_cells import CollapsedCells
 
 TINY = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 GRID = (6, 5)
@@ -51,54 +52,6 @@ FAMILIES = {
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
-class Masked(TorchFunctionMode):
-    """Attention that does not see the dropped patches, in any model: the reference that dropping must equal.
-
-    Scores of dropped keys are -inf and their values are 0 (talking heads add a bias after the softmax).
-    """
-
-    def __init__(self, kept, num_patches):
-        super().__init__()
-        self.num_patches = num_patches
-        self.dropped = torch.ones(len(kept), num_patches, dtype=torch.bool).scatter(1, kept, False)
-
-    def of(self, length):
-        """(B, 1, length), True = dropped; None where the axis does not hold the patches."""
-        if not 0 <= length - self.num_patches <= 16:
-            return None
-        return F.pad(self.dropped, (length - self.num_patches, 0)).unsqueeze(1)
-
-    def bias(self, length):
-        dropped = self.of(length)
-        return 0 if dropped is None else torch.zeros(dropped.shape).masked_fill(dropped, float("-inf")).unsqueeze(1)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            mask = self.bias(args[1].shape[-2])
-            given = kwargs.get("attn_mask")
-            kwargs["attn_mask"] = mask if given is None else given + mask
-        elif func in (torch.Tensor.softmax, torch.softmax, F.softmax):
-            args = (args[0] + self.bias(args[0].shape[-1]), *args[1:])
-        elif (
-            func in (torch.Tensor.__matmul__, torch.Tensor.matmul) and args[0].shape[-1] == args[0].shape[-2]
-        ):  # attention @ values
-            dropped = self.of(args[1].shape[-2]) if args[1].ndim == 4 else None
-            if dropped is not None:
-                args = (args[0], args[1].masked_fill(dropped.unsqueeze(-1), 0.0))
-        return func(*args, **kwargs)
-
-
-class NoOrder(CollapseOrder):
-    """Fails where an order is computed."""
-
-    def __init__(self):
-        super().__init__("bayer")
-
-    def forward(self, *args, **kwargs):
-        raise AssertionError("an order was computed")
-
-
 def make(family, **kwargs):
     """(model, images, order): random weights large enough that every part matters."""
     name, extra = FAMILIES[family]
@@ -110,15 +63,6 @@ def make(family, **kwargs):
     model = timm.create_model(name, **kwargs).eval()
     randomize(model)
     return model, torch.randn(2, 3, *size), Order(torch.rand(2, GRID[0] * GRID[1]), GRID)
-
-
-@torch.no_grad()
-def randomize(model):
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 and ("gamma" in name or "norm" in name or name.endswith("ls1.gamma")):
-            parameter.uniform_(0.5, 1.0)
-        else:
-            parameter.normal_(std=0.06)
 
 
 @torch.no_grad()
@@ -323,6 +267,12 @@ def test_census():
         "Cait": 10,
         "Beit": 7,
         "VisionTransformerDistilled": 4,
+        "Qwen3VitClassifier": 6,
+        "Qwen3VitEncoder": 3,
+        "Gemma4VitClassifier": 2,
+        "Gemma4VitEncoder": 2,
+        "DeepseekVitClassifier": 2,
+        "DeepseekVitEncoder": 1,
     }
     assert collapsed.keys() == known.keys()
     assert all(len(collapsed[name]) >= count for name, count in known.items())
@@ -332,9 +282,12 @@ def test_census():
         ("vitamin_base_224", "VisionTransformer"),
         ("beit3_base_patch16_224", "VisionTransformer"),
         ("beitv2_base_patch16_224", "Beit"),
+        ("qwen3_vit_88m", "Qwen3VitClassifier"),
+        ("gemma4_vit_570m_enc", "Gemma4VitEncoder"),
+        ("deepseek_vit_412m_align", "DeepseekVitClassifier"),
     ):
         assert name in collapsed[cls]
-    for name, cls in (("resnet50", "ResNet"), ("volo_d1_224", "VOLO"), ("qwen3_vit_88m", "Qwen3VitClassifier")):
+    for name, cls in (("resnet50", "ResNet"), ("volo_d1_224", "VOLO"), ("xcit_nano_12_p16_224", "Xcit")):
         assert name in refused[cls]
 
 
@@ -350,7 +303,8 @@ def signature(model):
 def test_none_is_silently_wrong():
     """One architecture of every kind that timm builds: dropped patches are as if masked out of attention."""
     kinds = {}
-    for cls in ADAPTERS:
+    cells = [cls for cls, adapter in ADAPTERS.items() if issubclass(adapter, CollapsedCells)]  # test_timm_cells.py
+    for cls in [cls for cls in ADAPTERS if cls not in cells]:
         for name in timm_models()[cls]:
             with torch.device("meta"):
                 kinds.setdefault(signature(build(name)), name)

@@ -79,6 +79,16 @@ def test_the_budget_of_a_compiled_model_may_change():
     torch._dynamo.reset()
 
 
+@torch.no_grad()
+def test_a_compiled_model_takes_batches_of_other_sizes_in_a_row():
+    model = collapse(vit(depth=1), "bayer", keep=0.3)
+    batches = [torch.randn(batch, 3, 64, 64) for batch in (2, 3, 5)]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = [compiled(images) for images in batches]  # no other pass in between
+    assert all(torch.allclose(logits, model(images), atol=1e-5) for logits, images in zip(found, batches, strict=True))
+    torch._dynamo.reset()
+
+
 class Indices(nn.Module):
     def forward(self, scores):
         return Order(scores, (4, 9)).indices

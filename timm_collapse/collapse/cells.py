@@ -1,4 +1,4 @@
-"""Geometry of coarse cells that cover a grid of patches; all of it linear in the number of patches."""
+"""Geometry of cells of patches that cover their grid; all of it linear in the number of patches."""
 
 from __future__ import annotations
 
@@ -57,3 +57,19 @@ def cell_centres(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     rows = (2 * torch.arange(cells[0]) + 1) * grid[0] // (2 * cells[0])
     columns = (2 * torch.arange(cells[1]) + 1) * grid[1] // (2 * cells[1])
     return (rows[:, None] * grid[1] + columns).reshape(1, -1)
+
+
+def patches_of_cells(cells: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """The patches of some cells of side x side patches each.
+
+    Args:
+        cells: (B, k) long.
+        grid: Cells (h, w).
+        side: Patches on a side of a cell.
+
+    Returns:
+        (B, k side^2) long, numbers on the grid of patches: one cell after the other, each row by row.
+    """
+    width, steps = grid[1] * side, torch.arange(side, device=cells.device)
+    corners = cells // grid[1] * (side * width) + cells % grid[1] * side
+    return (corners.unsqueeze(2) + (steps.unsqueeze(1) * width + steps).flatten()).flatten(1)

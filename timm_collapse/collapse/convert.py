@@ -9,9 +9,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._input import update_model_args
 from timm.models.beit import Beit
 from timm.models.cait import Cait
+from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.gemma4_vit import Gemma4VitClassifier, Gemma4VitEncoder
 from timm.models.naflexvit import NaFlexVit
+from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -24,6 +27,7 @@ from .base import Collapsed, check_remainder, check_share
 from .hf_families import find_hf_adapter, hf_cfg, is_hf
 from .holder import collapsed_class
 from .timm import CollapsedEva, CollapsedVit
+from .timm_cells import CollapsedCells, CollapsedEncoder, CollapsedGemma4, CollapsedGemma4Encoder
 from .timm_families import CollapsedBeit, CollapsedCait, CollapsedNaFlex
 from .unsupported import unsupported_reason
 from .vlm import CollapsedVlm, check_positions
@@ -36,6 +40,12 @@ ADAPTERS: dict[type, type[Collapsed]] = {
     NaFlexVit: CollapsedNaFlex,
     Cait: CollapsedCait,
     Beit: CollapsedBeit,
+    Qwen3VitClassifier: CollapsedCells,
+    Qwen3VitEncoder: CollapsedEncoder,
+    DeepseekVitClassifier: CollapsedCells,
+    DeepseekVitEncoder: CollapsedEncoder,
+    Gemma4VitClassifier: CollapsedGemma4,
+    Gemma4VitEncoder: CollapsedGemma4Encoder,
 }
 """Base class of a model -> the mixin that collapses it."""
 
@@ -61,7 +71,8 @@ def collapse(
     `pretrained_cfg["architecture"]` says so from now on.
 
     Args:
-        model: A timm `VisionTransformer`, `VisionTransformerDistilled`, `Eva`, `NaFlexVit`, `Cait` or `Beit`; or a
+        model: A timm `VisionTransformer`, `VisionTransformerDistilled`, `Eva`, `NaFlexVit`, `Cait` or `Beit`, or a
+            classifier or encoder of its Qwen3, Gemma 4 or DeepSeek ViT, whose patches are kept by cells; or a
             transformers ViT, DINOv2, DINOv3, SigLIP or CLIP vision model, or image Perceiver; or a vision-language
             model of transformers, see `CollapsedVlm`.
         orderer: What orders the patches, or its name, as for `CollapseOrder.named`.
@@ -142,7 +153,7 @@ def image_channels(model: nn.Module) -> int:
     """Channels of the images that a model takes."""
     embed = next((getattr(model, name) for name in ("patch_embed", "embeds") if hasattr(model, name)), model)
     convs = (module.in_channels for module in embed.modules() if isinstance(module, nn.Conv2d))
-    return getattr(embed, "in_chans", None) or next(convs, 3)
+    return getattr(embed, "in_chans", None) or next(convs, getattr(model, "in_chans", 3))
 
 
 def default_normalisation(model: nn.Module, channels: int) -> Normalisation:

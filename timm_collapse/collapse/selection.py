@@ -22,7 +22,7 @@ class Selection(NamedTuple):
     """What becomes of the patches of a batch of images; made once a forward pass, by `Collapsed.select`."""
 
     kept: Tensor
-    """(B, k) long: the numbers of the kept patches, ascending."""
+    """(B, k) long: the numbers of the kept patches, ascending; where cells are kept, one cell after the other."""
     grid: tuple[int, int]
     """Patches (h, w) of the images."""
     extra: Tensor | None = None
@@ -31,6 +31,8 @@ class Selection(NamedTuple):
     """(1 or B, r) long: the patch at the centre of what each extra token stands for (its rotary position)."""
     cover: Callable[[], Tensor] | None = None
     """Gives (1 or B, N) long, the extra token that stands for each patch, where it is dropped."""
+    cell: int = 1
+    """Patches on a side of the cells that are kept whole: (k cell^-2) of them, the patches of each row by row."""
 
     def apply(self, x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
         """(B, prefix + N, D) -> (B, prefix + k + r, D)."""
@@ -66,7 +68,12 @@ class Carrier(threading.local):
             one, and where all patches are kept.
     """
 
-    selection: Selection | Tensor | None = None
+    selection: Selection | Tensor | None
+
+    def __init__(self):
+        # in each thread; an attribute of the class would be none of the instance's until the first pass, and a graph
+        # that is compiled again (for another batch) within a pass would miss the guard that the first one wrote
+        self.selection = None
 
     def run(self, selection: Selection | Tensor | None, function: Callable, *args, **kwargs) -> Any:
         """Call a function; while it runs, the parts see the selection."""

@@ -18,7 +18,7 @@ from .selection import KeepPatches, Selection, image_size, sparse_patch_embed, s
 class CollapsedTimm(Collapsed):
     """What the timm families share: `forward_features`, `forward_intermediates` and a patch embedding."""
 
-    _returns_prefix_tokens = True  # whether forward_intermediates has that argument
+    _before_norm = ("indices", "return_prefix_tokens")  # arguments of forward_intermediates between images and `norm`
 
     def image_grid(self, images: Tensor) -> tuple[int, int]:
         if not isinstance(images, Tensor) or images.ndim != 4:
@@ -93,7 +93,8 @@ class CollapsedTimm(Collapsed):
         are those of `forward_features`: the kept tokens.
         """
         selection, plain = self.select(x, order), super().forward_intermediates
-        which = (indices, return_prefix_tokens) if self._returns_prefix_tokens else (indices,)
+        given = {"indices": indices, "return_prefix_tokens": return_prefix_tokens}
+        which = [given.get(name) for name in self._before_norm]
         if selection is None:
             return plain(x, *which, norm, stop_early, output_fmt, intermediates_only, *args, **kwargs)
         self._refuse_masks((), kwargs)

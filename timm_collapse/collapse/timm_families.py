@@ -133,7 +133,7 @@ class CollapsedNaFlex(CollapsedTimm):
 class CollapsedCait(CollapsedTimm):
     """`Cait`: patches are dropped after the position embedding; the class token comes after the last block."""
 
-    _returns_prefix_tokens = False
+    _before_norm = ("indices",)
 
     def _attach(self) -> None:
         sparse_patch_embed(self.patch_embed, self.carrier)

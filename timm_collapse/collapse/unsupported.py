@@ -31,7 +31,6 @@ _REASONS = {
     "its outlook attention reads the neighbourhood of every place of the grid": "volo",
     "its patch tokens are made anew in each block from pixel tokens of all patches": "tnt",
     "its two branches cut the image into patches of different sizes": "crossvit",
-    "its tokens stay on the grid: its head merges or pools neighbouring ones": "deepseek_vit gemma4_vit qwen3_vit",
 }
 
 _MODULES = {f"timm.models.{module}": reason for reason, modules in _REASONS.items() for module in modules.split()}
