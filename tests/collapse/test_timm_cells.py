@@ -293,6 +293,7 @@ def test_what_is_refused_names_what_was_given():
         (lambda: gemma(pictures("gemma", (5, 4))), cells),
         (lambda: qwen(torch.randn(2, 3, 60, 64)), r"multiples of \(16, 16\), got \(60, 64\)"),
         (lambda: qwen(torch.randn(3, 64, 64)), "images must be a tensor of shape"),
+        (lambda: gemma(torch.randn(2, 1, 64, 64)), "images must have 3 channels"),
         (lambda: setattr(qwen, "keep", 0), "keep must be a ratio"),
         (lambda: qwen.forward_intermediates(pictures("qwen"), output_dict=True), "output_dict"),
         (lambda: gemma({"patches": images}), "images must be .* got a dict"),

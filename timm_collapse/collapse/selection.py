@@ -32,7 +32,7 @@ class Selection(NamedTuple):
     cover: Callable[[], Tensor] | None = None
     """Gives (1 or B, N) long, the extra token that stands for each patch, where it is dropped."""
     cell: int = 1
-    """Patches on a side of the cells that are kept whole: (k cell^-2) of them, the patches of each row by row."""
+    """Patches on a side of the cells that are kept whole, each with its patches row by row; 1: single patches are."""
 
     def apply(self, x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
         """(B, prefix + N, D) -> (B, prefix + k + r, D)."""

@@ -1,4 +1,4 @@
-"""Collapsed models of timm: what its families share, and ViT and Eva; `timm_families` has further ones."""
+"""Collapsed models of timm: what its families share, and ViT and Eva; others are in `timm_families`, `timm_cells`."""
 
 from __future__ import annotations
 

@@ -90,7 +90,10 @@ class CollapsedCells(CollapsedTimm):
         if not isinstance(images, Tensor) or images.ndim != 4:
             given = "a dict" if isinstance(images, dict) else describe(images)
             raise CollapseError(f"images must be a tensor of shape (B, C, H, W) where patches are dropped, got {given}")
-        embed, size, side = self._encoder().patch_embed, image_size(images), self.cell_side()
+        encoder, size, side = self._encoder(), image_size(images), self.cell_side()
+        if images.shape[1] != encoder.in_chans:
+            raise CollapseError(f"images must have {encoder.in_chans} channels, as the model's, got {describe(images)}")
+        embed = encoder.patch_embed
         patch = tuple(embed.patch_size)
         if getattr(embed, "dynamic_img_pad", False):
             size = tuple(-(-pixels // p) * p for pixels, p in zip(size, patch))

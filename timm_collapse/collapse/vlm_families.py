@@ -24,6 +24,7 @@ from ..models.normalisation import Normalisation
 from ..models.transformer import gather_tokens
 from ..order import CollapseError
 from ..order.errors import describe
+from .cells import patches_of_cells
 from .hf_families import find_hf_adapter, hf_cfg
 from .holder import HoldsOrderer
 from .vlm import CollapsedVlm, core
@@ -195,14 +196,10 @@ class CollapsedIdefics3(CollapsedVlm):
     def _encode(self, inputs: dict[str, Any], kept: Kept):
         tower, connector = core(self).vision_model, core(self).connector
         tiles, inside, samples = self._tiles(inputs)
-        s, w = connector.scale_factor, inside.shape[2]
+        s, (h, w) = connector.scale_factor, inside.shape[1:]
         tokens = tower.embeddings(pixel_values=tiles.to(tower.dtype), patch_attention_mask=inside)
         cells = torch.stack(kept.cells).to(tokens.device)  # (n, k), as all tiles have one size
-        corner = cells // (w // s) * s * w + cells % (w // s) * s
-        within = torch.arange(s, device=cells.device).unsqueeze(1) * w + torch.arange(s, device=cells.device)
-        patches = (corner.unsqueeze(-1) + within.flatten()).flatten(
-            1
-        )  # (n, k s s), the patches of a cell in raster order
+        patches = patches_of_cells(cells, (h // s, w // s), s)
         tokens = gather_tokens(tokens, patches)
         module = _transformers_module(tower)
         mask = module.create_bidirectional_mask(
