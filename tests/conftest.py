@@ -15,6 +15,16 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The current folder: an empty one of its own; tables are 160 columns wide."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "160")
+    return folder
+
+
 # Siblings of this file can be imported by name; last, so that nothing installed is hidden.
 sys.path.append(str(Path(__file__).parent))
 

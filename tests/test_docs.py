@@ -1,4 +1,4 @@
-"""What README and docs/ tell people to type: commands parse, code compiles, README's code runs, links lead somewhere."""
+"""What README and docs/ tell people to type: commands parse, code compiles, README's code runs, links lead on."""
 
 import re
 import shlex

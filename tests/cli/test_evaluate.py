@@ -28,11 +28,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(here, capsys):
     """Runs the command in an empty folder; returns the exit code, stdout and stderr."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("COLUMNS", "160")
 
     def run(*argv):
         models = list(itertools.takewhile(lambda each: not str(each).startswith("--"), argv))

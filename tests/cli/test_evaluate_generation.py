@@ -43,11 +43,8 @@ def samples(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(here, capsys):
     """Runs the command in an empty folder; returns stdout and stderr."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("COLUMNS", "160")
 
     def run(*argv):
         args = build_parser().parse_args(["evaluate-generation", *(str(argument) for argument in argv)])

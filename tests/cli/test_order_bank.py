@@ -18,11 +18,8 @@ def command(*argv):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(here, capsys):
     """Runs the command on digits in an empty folder; returns stdout."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("COLUMNS", "160")
 
     def run(*argv):
         command("order-bank", "--dataset", "digits", "--workers", 0, "--device", "cpu", *argv)

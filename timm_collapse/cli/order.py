@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_GRID = 128
 FIRST_PATCHES = 5  # of each image, in the printed table
-DEFAULT_ORDERER = "collapse_ranker_tiny_224"
+PHOTO_ORDERER = "collapse_ranker_tiny_224"  # photos are larger than the images of data sets and drafts
 
 SUMMARY = "order the patches of photos and draw the order"
 DESCRIPTION = (
@@ -32,7 +32,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     # fmt: off
     add("images", nargs="+", metavar="IMAGE", help="photo files in any format that Pillow reads")
-    add_orderer(parser, DEFAULT_ORDERER)
+    add_orderer(parser, PHOTO_ORDERER)
     add("--keep", default="0.22",
         help="share of the patches to keep, in (0, 1], or a count of at least 2; 1 keeps all (default: %(default)s)")
     add("--grid", type=int, nargs=2, default=(14, 14), metavar=("ROWS", "COLUMNS"),
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     kept = resolve_keep(keep, height * width)
     pixels = torch.stack([open_photo(path, height, width) for path in args.images])
 
-    name = args.orderer or DEFAULT_ORDERER
+    name = args.orderer or PHOTO_ORDERER
     orderer = load_orderer(name, args.ranking, args.seed)
     order = orderer(Normalisation.of(orderer).apply(pixels), grid=(height, width))
 

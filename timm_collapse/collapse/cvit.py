@@ -98,7 +98,7 @@ def _cvit(
     cfg = take_pretrained_cfg(name, kwargs)
     source = local_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else cfg
     reference = options["orderer"]
-    options["orderer"] = load_orderer(reference, cfg, kwargs.get("cache_dir"))
+    options["orderer"] = orderer_from(reference, cfg, kwargs.get("cache_dir"))
     model = model_entrypoint(base or BASES[name])(pretrained, pretrained_cfg=source, **{**shape, **kwargs})
     vit = model.model if isinstance(model, FeatureGetterNet) else model  # features_only
     vit.pretrained_cfg = vit.default_cfg = cfg.to_dict()
@@ -110,7 +110,7 @@ def _cvit(
     return model
 
 
-def load_orderer(reference: str | CollapseOrder, cfg: PretrainedCfg, cache_dir: str | None = None) -> CollapseOrder:
+def orderer_from(reference: str | CollapseOrder, cfg: PretrainedCfg, cache_dir: str | None = None) -> CollapseOrder:
     """The orderer that a collapsed model's arguments name.
 
     Args:

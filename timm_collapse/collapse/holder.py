@@ -43,7 +43,7 @@ class HoldsOrderer:
 
     def hold(self, orderer: CollapseOrder) -> None:
         """Take an orderer, to the device of the model."""
-        self._modules.pop("orderer", None)  # of an assignment
+        self._modules.pop("orderer", None)  # where one was assigned, torch has made it a part of the model
         object.__setattr__(self, "orderer", orderer)
         self._move_orderer(next((p.device for p in self.parameters()), torch.device("meta")))
 

@@ -47,7 +47,7 @@ def write_card(config: HubConfig, model: nn.Module, folder: Path, repo_id: str, 
         f"# {repo_id.split('/')[-1]}",
         config.summary,
         _facts(model, config),
-        _use(config, model, repo_id),
+        _use(model, repo_id),
         _shown(picture),
         _measured(config, accuracies),
         _training(config, recipe),
@@ -112,7 +112,7 @@ def _orderer_of(model: Collapsed) -> str:
     return f"a {type(orderer.model).__name__}, in the folder `orderer`"
 
 
-def _use(config: HubConfig, model: nn.Module, repo_id: str) -> str:
+def _use(model: nn.Module, repo_id: str) -> str:
     create = f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()'
     if isinstance(model, MAR):
         labels = "[0, 1, 2, 3]" if model.num_classes else "[0] * 4"
