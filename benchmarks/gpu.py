@@ -31,7 +31,6 @@ After every measurement the output folder's `measured.json` is whole, after ever
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from functools import partial
@@ -89,7 +88,6 @@ def minutes(given: list[str], defaults: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     args = parse()
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU does not touch it: forks may use it
     size, total = TINY if args.tiny else Size(), Box(60 * args.total_minutes)
     record = Record(args.output / FILE)
     if args.parts:
@@ -100,7 +98,7 @@ def main() -> None:
             reserve = 4.0 if args.tiny else 12.0
             work = [Task("train", partial(train, args.train_data, args.output, size, reserve=reserve))]
         else:
-            work = tasks(part, size)
+            work = tasks(part, size, record.data["about"].get("gpu", False))
         run_part(record, part, work, total.inner(60 * args.minutes[part]), grace=GRACE / 3 if args.tiny else GRACE)
         record.part(part)["hardware"] = record.data["about"].get("hardware", "unknown")
         record.save()

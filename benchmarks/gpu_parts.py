@@ -10,6 +10,7 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import long_sequences
@@ -96,9 +97,10 @@ def about(bench: Bench) -> None:
     """The machine and its ceilings, which every other figure is to be read against."""
     facts = {"hardware": hardware(), "torch": torch.__version__, "timm": timm.__version__}
     facts |= {"python": platform.python_version(), "cpu_cores": len(os.sched_getaffinity(0))}
+    facts["gpu"] = device().type == "cuda"
     bench.record.data["about"] = facts
     bench.record.save()
-    if device().type == "cpu":
+    if not facts["gpu"]:
         return
     facts["gpu_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -122,7 +124,8 @@ def about(bench: Bench) -> None:
 def make_pair(name: str, size: Size) -> tuple[nn.Module, nn.Module]:
     """A cvit_* and its plain base architecture, in eval mode on the device."""
     torch.manual_seed(0)
-    models = (timm.create_model(each, **size.model_args) for each in (name, BASES[name]))
+    with device():  # weights are drawn there
+        models = [timm.create_model(each, **size.model_args) for each in (name, BASES[name])]
     return tuple(model.eval().to(device(), dtype()) for model in models)
 
 
@@ -175,8 +178,8 @@ def time_calls(calls: dict[str, Callable], batch: int, size: Size, bench: Bench,
 
 
 @torch.no_grad()
-def speed(name: str, size: Size, bench: Bench) -> None:
-    """One model, collapsed and with merged tokens: MACs, launches, speed and memory, eager and as CUDA graphs."""
+def speed(name: str, graph: bool, size: Size, bench: Bench) -> None:
+    """One model, collapsed and with merged tokens: MACs, launches, then speed and memory; or speed as CUDA graphs."""
     cvit, plain = make_pair(name, size)
     image, macs, mergings = make_images(plain, 1), {}, {}
 
@@ -188,22 +191,25 @@ def speed(name: str, size: Size, bench: Bench) -> None:
             macs[f"token merging, MACs of keep {keep:g}"] = merged
         return macs
 
-    bench.measure(f"{name} / MACs", count)
-
     def launches() -> dict[str, dict[str, int | None]]:
         calls = make_calls(cvit, plain, mergings, make_images(plain, min(CHECKED_BATCH, max(size.batches))), size)
         return {each: {"operations": count_launches(call), "kernels": count_kernels(call)}
                 for each, call in calls.items()}  # fmt: skip
 
-    bench.measure(f"{name} / launches", launches)
-    for mode in (EAGER, GRAPH) if device().type == "cuda" else (EAGER,):
-        for batch in size.batches:
+    bench.measure(f"{name} / MACs", count)
+    if not graph:
+        bench.measure(f"{name} / launches", launches)
+    broken: set[str] = set()
+    for batch in size.batches:
 
-            def timed(batch: int = batch, graph: bool = mode == GRAPH) -> dict[str, Any]:
-                calls = make_calls(cvit, plain, mergings, make_images(plain, batch), size)
-                return time_calls(calls, batch, size, bench, graph)
+        def timed(batch: int = batch) -> dict[str, Any]:
+            calls = make_calls(cvit, plain, mergings, make_images(plain, batch), size)
+            calls = {each: call for each, call in calls.items() if each not in broken}
+            found = time_calls(calls, batch, size, bench, graph)
+            broken.update(each for each, value in found.items() if graph and failed(value))  # at any batch size
+            return found
 
-            bench.measure(f"{name} / {mode} / {batch}", timed)
+        bench.measure(f"{name} / {GRAPH if graph else EAGER} / {batch}", timed)
 
 
 # -- the order alone ---------------------------------------------------------------------------------------------------
@@ -292,7 +298,8 @@ def compiled(name: str, variant: str, mode: str, size: Size, bench: Bench) -> No
 def mar(size: Size, bench: Bench) -> None:
     """MAR by the literal published loop and by the fast sampler, on the same weights, orders and noise."""
     torch.manual_seed(0)
-    model = timm.create_model(size.mar, num_sampling_steps=size.diffusion_steps).eval().to(device())
+    with device():
+        model = timm.create_model(size.mar, num_sampling_steps=size.diffusion_steps).eval()
     with autocast(device(), "bf16" if device().type == "cuda" else "no"):
         for warm in samplers(model, make_plan(model, size.mar_batch, 2, GUIDANCE)).values():
             attempt(warm)
@@ -328,19 +335,20 @@ def long(size: Size, bench: Bench) -> None:
     bench.measure("forward, keep 1", lambda: measured(1.0, False))  # what it is to be compared with
 
 
-def tasks(part: str, size: Size) -> list[Task]:
-    """The processes of a part, the most telling ones first."""
+def tasks(part: str, size: Size, gpu: bool) -> list[Task]:
+    """The processes of a part, the most telling ones first; `gpu` says whether there is one, as this must not ask."""
     if part == "speed":
-        return [Task(name, lambda bench, name=name: speed(name, size, bench), 1 / (len(size.models) - i))
-                for i, name in enumerate(size.models)]  # fmt: skip
+        modes = (False, True) if gpu else (False,)
+        chosen = [(name, graph) for graph in modes for name in size.models]
+        return [Task(f"{name}, {GRAPH if graph else EAGER}", partial(speed, name, graph, size), 1 / (len(chosen) - i))
+                for i, (name, graph) in enumerate(chosen)]  # fmt: skip
     if part == "order":
-        return [Task("order", lambda bench: order(size, bench))]
+        return [Task("all orderers", partial(order, size))]
     if part == "compile":
         least = 10.0 if size.backend == "inductor" else 0.0
         chosen = [(name, variant, mode) for name in size.models for mode in size.modes
                   for variant in ("collapsed", PLAIN)]  # fmt: skip
-        return [Task(" ".join(each), lambda bench, each=each: compiled(*each, size, bench), 0.6, least)
-                for each in chosen]  # fmt: skip
+        return [Task(", ".join(each), partial(compiled, *each, size), 0.6, least) for each in chosen]
     if part == "mar":
-        return [Task("mar", lambda bench: mar(size, bench))]
-    return [Task("long", lambda bench: long(size, bench))]
+        return [Task("generation", partial(mar, size))]
+    return [Task("long sequences", partial(long, size))]

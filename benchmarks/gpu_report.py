@@ -134,7 +134,8 @@ def compile_tables(found: dict[str, Any]) -> Iterator[str]:
     for model, variant, mode, keep in dict.fromkeys(key[:4] for key in known if len(key) == 5):
         first = known.get((model, variant, mode, keep, "first answer"), {})
         row = {"model": model, "": variant, "mode": mode, "keep": keep, "first answer, s": number(first.get("seconds"))}
-        row |= {"new graphs": first.get("graphs", ""), "difference": number(first.get("largest_difference"))}
+        difference = [number(first.get(f"{which}_difference")) for which in ("median", "largest")]
+        row |= {"new graphs": first.get("graphs", ""), "difference, median / largest": " / ".join(difference)}
         for batch in batches:
             row[f"batch {batch}"] = _ratio(known.get((model, variant, mode, keep, str(batch)), {}), "compiled", "eager")
         rows.append(row)

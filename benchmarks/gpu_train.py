@@ -9,7 +9,6 @@ weights; the learning rate follows the share of the time that is spent: the end 
 from __future__ import annotations
 
 import math
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -56,9 +55,7 @@ def to_bytes(image: Image.Image) -> Tensor:
 def decode(name: str, split: str) -> tuple[Tensor, Tensor, int]:
     """All images of a data set (n, 3, 64, 64) uint8 and their labels (n,), on the device; number of classes."""
     dataset, num_classes = open_dataset(name, split, labelled=True)
-    workers = min(16, len(os.sched_getaffinity(0)))
-    batches = image_batches(dataset, to_bytes, batch_size=1000, workers=workers if workers > 2 else 0)
-    images, labels = zip(*batches)
+    images, labels = zip(*image_batches(dataset, to_bytes, batch_size=1000))
     return torch.cat(images).to(device()), torch.cat(labels).to(device()), num_classes
 
 
@@ -162,6 +159,7 @@ def train(data: str, output: Path, size: Size, bench: Bench, reserve: float = 12
     mixup = Mixup(RECIPE["mixup"], RECIPE["cutmix"], prob=RECIPE["mix_share"], num_classes=num_classes,
                   label_smoothing=RECIPE["label_smoothing"])  # fmt: skip
     batch = min(size.train_batch, len(images) // 2 * 2)
+    save(vit, num_classes, size, folder)  # where that is not possible, it is better found now
     box, step, saved, history = Box(bench.box.left - reserve, bench.box.clock), 0, 0.0, []
     while box.left > 0:
         shuffled = torch.randperm(len(images), device=device())
@@ -199,7 +197,7 @@ def train(data: str, output: Path, size: Size, bench: Bench, reserve: float = 12
 
 
 def _progress(step: int, batch: int, images: Tensor, loss: Tensor, seconds: float) -> dict[str, float]:
-    if not math.isfinite(value := float(loss)):
+    if not math.isfinite(value := float(loss.detach())):
         raise FloatingPointError(f"the loss is {value} after {step} steps")
     rate = step * batch / seconds
     return {"seconds": round(seconds, 1), "steps": step, "epochs": round(step * batch / len(images), 1),

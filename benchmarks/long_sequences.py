@@ -71,7 +71,8 @@ def forward(
         runs: Timed ones; on a GPU after one to warm up.
     """
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=side, keep=keep).to(device())
+    with device():  # weights are drawn there
+        model = timm.create_model(name, img_size=side, keep=keep).to(device())
     batch = torch.randn(images, 3, side, side, device=device())
     model.train(train)
     model.set_grad_checkpointing(train)

@@ -97,15 +97,23 @@ def cuda_graph(function: Callable[[], object], warm_ups: int = 3) -> Callable[[]
     Raises:
         RuntimeError: The call reads a value back from the GPU, or does else what a graph cannot hold.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(warm_ups):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.set_sync_debug_mode("error")  # what waits for the GPU is found here: a broken capture does harm
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    finally:
+        torch.cuda.set_stream(current)  # a broken capture leaves its own
     return graph.replay
 
 
