@@ -5,6 +5,12 @@
     accelerate launch train/reconstructor.py --dataset digits --output runs/environment
     accelerate launch train/ranker.py --dataset digits --reconstructor runs/environment --output runs/ranker
 
+--target imitation: by regression on all errors that a trained ranker of the same grid expects, which needs no
+reconstructor; the model starts from that ranker's weights.
+
+    accelerate launch train/ranker.py --target imitation --model collapse_ranker_nano_224 \
+        --teacher collapse_ranker_tiny_224_rerun --dataset path/to/photos
+
 --target features: by regression on how far a frozen ViT that sees only some patches is from its own output on the
 whole image. Any collapsible timm ViT with the ranker's patch grid; best one that is used to dropped patches.
 
@@ -14,16 +20,19 @@ whole image. Any collapsible timm ViT with the ranker's patch grid; best one tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm
+import torch
 
 from timm_collapse import CollapseError, Ranker, collapse
-from timm_collapse.data import open_dataset, train_transform
+from timm_collapse.data import Images, open_dataset, train_transform
 from timm_collapse.engine import Run, TrainArgs, check_model_name, create_model, parse_args, run_script, start_run
 from timm_collapse.hub.save import load_weights, save_model
 from timm_collapse.lessons.features import FeatureLesson
+from timm_collapse.lessons.imitation import Imitation, inherit
 from timm_collapse.lessons.pixels import Lesson
 from timm_collapse.models.normalisation import Normalisation
 
@@ -33,9 +42,13 @@ class Args(TrainArgs):
     """Arguments of the ranker."""
 
     model: str = field(default="collapse_ranker_tiny", metadata={"help": "Registered architecture."})
-    target: str = field(default="pixels", metadata={"help": "pixels (a reconstructor's errors) or features (a ViT's)."})
+    target: str = field(
+        default="pixels",
+        metadata={"help": "pixels (a reconstructor's errors), imitation (a ranker's) or features (a ViT's)."},
+    )
     teacher: str = field(
-        default="", metadata={"help": "For features: any timm model name, hf-hub: and local-dir: included."}
+        default="",
+        metadata={"help": "For imitation and features: any timm model name, hf-hub: and local-dir: included."},
     )
     teacher_remainder: list[str] = field(
         default_factory=lambda: ["none"],
@@ -50,10 +63,10 @@ class Args(TrainArgs):
         super().__post_init__()
         if self.teacher:
             check_model_name("teacher", self.teacher)
-        if self.target not in ("pixels", "features"):
-            raise CollapseError(f"target: must be pixels or features, got {self.target!r}")
-        if self.target == "features" and not self.teacher:
-            raise CollapseError("teacher: --target features needs a timm model's name, got none")
+        if self.target not in TRAINERS:
+            raise CollapseError(f"target: must be one of {', '.join(TRAINERS)}, got {self.target!r}")
+        if self.target != "pixels" and not self.teacher:
+            raise CollapseError(f"teacher: --target {self.target} needs a timm model's name, got none")
 
 
 def main() -> None:
@@ -61,7 +74,7 @@ def main() -> None:
     model = create_model(args)
     if args.init:
         load_weights(model, args.init)
-    (train_on_pixels if args.target == "pixels" else train_on_features)(args, model)
+    TRAINERS[args.target](args, model)
 
 
 def train_on_pixels(args: Args, model: Ranker) -> None:
@@ -73,7 +86,7 @@ def train_on_pixels(args: Args, model: Ranker) -> None:
     environment = timm.create_model(f"local-dir:{args.reconstructor}", pretrained=True)
     cfg = environment.pretrained_cfg
     check_grid(model, environment.tokenizer.grid((environment.img_size, environment.img_size)), "reconstructor")
-    run = start(args, model, environment.img_size, cfg)
+    run = start_run(args, model, *open_images(args, environment.img_size, cfg), methods=METHODS)
     lesson = Lesson(environment.to(run.accelerator.device), args.sets)
     for images, _ in run:
         own = run.progress > 0.1 and run.random.uniform() < args.on_policy
@@ -84,13 +97,29 @@ def train_on_pixels(args: Args, model: Ranker) -> None:
     finish(args, run)
 
 
+def train_on_ranker(args: Args, model: Ranker) -> None:
+    teacher = timm.create_model(args.teacher, pretrained=not args.dry_run)
+    check_grid(model, teacher.grid, "teacher")
+    dataset, transform = open_images(args, max(model.img_size, teacher.img_size), teacher.pretrained_cfg)
+    if not args.init:
+        inherit(model, teacher, torch.stack([transform(dataset[i * len(dataset) // 64][0]) for i in range(64)]))
+    run = start_run(args, model, dataset, transform, methods=METHODS)
+    lesson = Imitation(teacher.to(run.accelerator.device))
+    for images, _ in run:
+        own = run.progress > 0.1 and run.random.uniform() < args.on_policy
+        with run.accelerator.autocast():
+            out = run.model(images, *lesson(images, run.random, run.bare, own))
+        run.step(out["loss"], out)
+    finish(args, run)
+
+
 def train_on_features(args: Args, model: Ranker) -> None:
     teacher = timm.create_model(args.teacher, pretrained=not args.dry_run)
     cfg = teacher.pretrained_cfg
     collapse(teacher, "random")  # only given orders are used
     size = teacher.patch_embed.img_size
     check_grid(model, teacher.patch_embed.grid_size, "teacher")
-    run = start(args, model, size[0], cfg)
+    run = start_run(args, model, *open_images(args, size[0], cfg), methods=METHODS)
     lesson = FeatureLesson(teacher.to(run.accelerator.device), args.sets, args.teacher_remainder)
     normalisation, own_normalisation = Normalisation.of(cfg), Normalisation.of(model.pretrained_cfg)
     for images, _ in run:
@@ -108,10 +137,9 @@ def check_grid(model: Ranker, grid: tuple[int, int], name: str) -> None:
         raise CollapseError(f"{name}: its grid {grid[0]} x {grid[1]} must be that of the ranker, {model.grid}")
 
 
-def start(args: Args, model: Ranker, size: int, cfg: dict) -> Run:
+def open_images(args: Args, size: int, cfg: dict) -> tuple[Images, Callable]:
     dataset = open_dataset(args.dataset, args.split, args.part).dataset
-    transform = train_transform(size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
-    return start_run(args, model, dataset, transform, methods=("rank", "static", "factors"))
+    return dataset, train_transform(size, cfg["mean"], cfg["std"], scale=(args.crop_scale, 1.0))
 
 
 def finish(args: Args, run: Run) -> None:
@@ -119,6 +147,9 @@ def finish(args: Args, run: Run) -> None:
     if run.is_main:
         save_model(model, args.output, recipe=args)
 
+
+METHODS = ("rank", "static", "factors")
+TRAINERS = {"pixels": train_on_pixels, "imitation": train_on_ranker, "features": train_on_features}
 
 if __name__ == "__main__":
     run_script(main)

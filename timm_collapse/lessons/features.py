@@ -15,7 +15,7 @@ from torch import Tensor
 from ..collapse.base import Collapsed
 from ..models.ranker import Ranker
 from ..models.transformer import use_plain_attention
-from ..order import CollapseError, Order, greedy_factor_order, jitter_order
+from ..order import CollapseError, Order, jitter_order, parallel_order
 
 
 class FeatureLesson:
@@ -73,7 +73,8 @@ class FeatureLesson:
         order = first.argsort(1)
         visible = torch.zeros(b, n, dtype=torch.bool, device=images.device).scatter(1, order[:, :start], True)
         if ahead is not None and start:
-            ahead = Order(self._continued(policy, policy_images, visible, size - start), grid)
+            factors = policy.factors(policy.static(policy_images), visible)
+            ahead = Order.from_indices(parallel_order(*factors, visible), grid)
 
         vit.keep = 1.0
         whole = self._output(images)
@@ -90,13 +91,6 @@ class FeatureLesson:
             seen = self._output(images, Order(chosen.float(), grid))
             errors.append(output_distance(seen, whole, vit.num_classes))
         return visible, torch.stack(sets, 1), torch.stack(errors, 1)
-
-    @staticmethod
-    def _continued(policy: Ranker, images: Tensor, visible: Tensor, count: int) -> Tensor:
-        """Scores (B, N) of the policy's next `count` patches after the visible ones."""
-        picks, gains = greedy_factor_order(*policy.factors(policy.static(images), visible), visible, count)
-        places = torch.arange(count, 0, -1, device=images.device, dtype=gains.dtype) + gains.amax(1, keepdim=True)
-        return gains.scatter(1, picks, places)
 
     def _output(self, images: Tensor, order: Order | None = None) -> Tensor:
         """Logits (B, classes), or pooled features (B, D) of a ViT without a classifier."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..models.ranker import Ranker
 from ..models.reconstructor import Reconstructor
 from ..models.transformer import use_plain_attention
-from ..order import greedy_factor_order
+from ..order import parallel_order
 
 
 class Lesson:
@@ -57,7 +57,7 @@ class Lesson:
         added = [1 if i % 2 == 0 else round(math.exp(random.uniform() * left)) for i in range(self.num_sets)]
         if policy is not None:
             factors = policy.factors(policy.static(images), visible)
-            ahead, _ = greedy_factor_order(*factors, visible, max(added))
+            ahead = parallel_order(*factors, visible)
         for i, more in enumerate(added):
             if policy is not None and i % 2:
                 extra = ahead[:, :more]

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import build_sincos2d_pos_embed
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..order import CollapseError, check_images, expected_errors, greedy_factor_order
+from ..order import CollapseError, check_images, condition, expected_errors, parallel_order, single_errors
 from ..order.order import stable_argsort
 from .registry import build, pixel_cfg
 from .tokenizer import patchify, resize_images
-from .transformer import Transformer, border_distances, init_weights
+from .transformer import PlainTransformer, Transformer, border_distances, init_weights
 
 
 def check_phases(phases: tuple[float, ...]) -> None:
@@ -35,6 +37,8 @@ class Ranker(nn.Module):
         static_depth: Blocks that run before the network is told what is visible: later phases reuse their result.
         rank: Number r of latent factors.
         phases: Shares of the patches, ascending from 0, at which the factors are predicted anew, given what is visible.
+        cell: Side, in patches, of what one token stands for. 1: one patch, at a rotary position. More: a token predicts
+            all of its cell^2 patches, so that there are fewer tokens, at learned positions: far fewer operations.
     """
 
     def __init__(
@@ -46,23 +50,30 @@ class Ranker(nn.Module):
         static_depth: int = 0,
         rank: int = 32,
         phases: tuple[float, ...] = (0.0, 0.06, 0.16, 0.3, 0.5),
+        cell: int = 1,
     ):
         super().__init__()
         check_phases(phases)
-        if img_size % patch_size:
-            raise CollapseError(f"img_size: must be a multiple of patch_size={patch_size}, got {img_size}")
+        if img_size % (patch_size * cell):
+            raise CollapseError(f"img_size: must be a multiple of patch_size={patch_size} times {cell}, got {img_size}")
         self.img_size, self.patch_size, self.phases = img_size, patch_size, tuple(phases)
         if not 0 <= static_depth < depth:
             raise CollapseError(f"static_depth must be in [0, depth={depth}), got {static_depth}")
-        self.static_depth = static_depth
+        self.static_depth, self.num_factors = static_depth, rank
         self.grid = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
-        self.embed = nn.Linear(3 * patch_size**2, dim)
-        self.border = nn.Linear(4, dim)
-        self.visible_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.trunk = Transformer(dim, depth)
-        self.loadings = nn.Linear(dim, rank)
-        self.log_noise = nn.Linear(dim, 1)
+        self.cell = cell
+        self.embed = nn.Linear(3 * (cell * patch_size) ** 2, dim)
+        if cell == 1:
+            self.border = nn.Linear(4, dim)
+            self.trunk = Transformer(dim, depth)
+        else:
+            cells = [side // cell for side in self.grid]
+            self.positions = nn.Parameter(build_sincos2d_pos_embed(cells, dim).unsqueeze(0))
+            self.trunk = PlainTransformer(dim, depth, self.num_patches // cell**2)
+        self.visible_token = nn.Parameter(torch.zeros(1, cell**2, dim))
+        self.loadings = nn.Linear(dim, rank * cell**2)
+        self.log_noise = nn.Linear(dim, cell**2)
         init_weights(self)
         nn.init.constant_(self.log_noise.bias, -2.0)
         nn.init.trunc_normal_(
@@ -70,42 +81,60 @@ class Ranker(nn.Module):
         )  # errors start at about .5
 
     def static(self, images: Tensor) -> Tensor:
-        """What does not depend on the visible set: (B, C, H, W), normalised -> tokens (B, N, dim)."""
-        tokens = patchify(resize_images(images, (self.img_size, self.img_size)), self.patch_size)
+        """What does not depend on the visible set: (B, C, H, W), normalised -> tokens (B, N / cell^2, dim)."""
+        tokens = patchify(resize_images(images, (self.img_size, self.img_size)), self.cell * self.patch_size)
         dtype = self.embed.weight.dtype
-        x = self.embed(tokens.to(dtype)) + self.border(border_distances(self.grid, tokens.device).to(dtype))
+        if self.cell == 1:
+            where = self.border(border_distances(self.grid, tokens.device).to(dtype))
+        else:
+            where = self.positions
+        x = self.embed(tokens.to(dtype)) + where
         return self.trunk.run(x, self.grid, stop=self.static_depth)
 
-    def factors(self, static: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Factor model of the error that is left.
+    def factors(self, static: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Factor model of the error that is left where some patches are visible.
 
         Args:
-            static: (B, N, dim), from `static`.
-            visible: (B, N) bool.
+            static: (B, N / cell^2, dim), from `static`.
+            visible: (B, N) bool; None: nothing is.
 
         Returns:
-            loadings (B, N, r) and noise (B, N), for `expected_errors` and `greedy_factor_order`.
+            loadings (B, N, r) and noise (B, N), for `expected_errors` and `parallel_order`; those of visible patches
+            mean nothing.
         """
-        x = static + visible.unsqueeze(-1) * self.visible_token.to(static.dtype)
+        shape, x = {"h": self.grid[0] // self.cell, "p": self.cell, "q": self.cell}, static
+        if visible is not None:
+            told = rearrange(visible.to(x.dtype), "b (h p w q) -> b (h w) (p q)", **shape)
+            x = x + told @ self.visible_token[0].to(x.dtype)
         x = self.trunk.norm(self.trunk.run(x, self.grid, start=self.static_depth))
-        return self.loadings(x).float(), F.softplus(self.log_noise(x).squeeze(-1).float()) + 1e-4
+        loadings = rearrange(self.loadings(x), "b (h w) (p q r) -> b (h p w q) r", **shape).float()
+        noise = rearrange(self.log_noise(x), "b (h w) (p q) -> b (h p w q)", **shape).float()
+        noise = F.softplus(noise) + 1e-4
+        if visible is not None:
+            loadings = condition(loadings, noise, visible.unsqueeze(1)).squeeze(1)
+        return loadings, noise
 
-    def forward(self, images: Tensor, visible: Tensor, revealed: Tensor, errors: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, visible: Tensor, revealed: Tensor | None, errors: Tensor) -> dict[str, Tensor]:
         """Regression losses.
 
         Args:
             images: (B, C, H, W), normalised.
             visible: (B, N) bool: the set that the network is told of.
-            revealed: (B, C, N) bool: sets that contain it; revealed[:, 0] is the visible set itself.
-            errors: (B, C, N): the errors that the frozen reconstructor leaves after each set, 0 where revealed; or
-                (B, C): one error for each of C sets of equal size (`FeatureLesson`).
+            revealed: (B, C, N) bool: sets that contain it; revealed[:, 0] is the visible set itself. None: the visible
+                set, and with each one patch more, C = 1 + N.
+            errors: (B, C, N): the errors that the teacher leaves after each set, 0 where revealed; or (B, C): one
+                error for each of C sets of equal size (`FeatureLesson`).
 
         Returns:
             loss, and its parts: `map`, squared error of the error maps, and `gain`, Huber loss of what each set
             removes in all from the visible one (that is what the greedy choice compares). For one error a set:
             `unexplained`, the share of the variance among an image's sets that is not predicted, and `level`.
         """
-        predicted = expected_errors(*self.factors(self.static(images), visible), revealed)
+        loadings, noise = self.factors(self.static(images), visible)
+        if revealed is None:
+            return _imitation_losses(single_errors(loadings, noise), errors, ~visible)
+        hidden = ~visible.unsqueeze(1)
+        predicted = expected_errors(loadings, noise, revealed & hidden) * hidden
         if errors.ndim == 2:
             return _set_losses(predicted.mean(-1), errors)
         hidden = ~revealed
@@ -128,27 +157,49 @@ class Ranker(nn.Module):
         """
         check_images(images, values=False)
         n = self.num_patches
+        shape = images.shape[0], n
         upto = n if upto is None else min(upto, n)
         if phases is not None:
             check_phases(phases)
         starts = [round(share * n) for share in (self.phases if phases is None else phases)]
         stops = [*starts[1:], upto]
-        visible = torch.zeros(images.shape[0], n, dtype=torch.bool, device=images.device)
-        scores = torch.zeros(images.shape[0], n, device=images.device)
         static = self.static(images)
+        picks, visible, rest = [], None, None
         for start, stop in zip(starts, stops):
-            count = min(stop, upto) - start
-            if count <= 0:  # a small grid, or beyond `upto`
+            if min(stop, upto) <= start:  # a small grid, or beyond `upto`
                 continue
-            picks, gains = greedy_factor_order(*self.factors(static, visible), visible, count)
-            visible = visible.scatter(1, picks, 1)  # not True: jit.trace knows no bool there
-            places = torch.arange(start, start + count, device=images.device, dtype=scores.dtype)
-            scores.scatter_(1, picks, ((n - places) / n).expand(images.shape[0], -1))
-        if upto < n:
-            rest = stable_argsort(gains, descending=True)[:, : n - upto]
-            places = torch.arange(upto, n, device=images.device, dtype=scores.dtype)
-            scores.scatter_(1, rest, ((n - places) / n).expand(images.shape[0], -1))
-        return scores
+            if picks:
+                # not True: jit.trace knows no bool there
+                visible = torch.zeros(shape, dtype=torch.bool, device=images.device).scatter(1, torch.cat(picks, 1), 1)
+            order = parallel_order(*self.factors(static, visible), visible)
+            picks.append(order[:, : min(stop, upto) - start])
+            rest = order[:, min(stop, upto) - start : n - start]
+        scores = torch.arange(n, 0, -1, device=images.device, dtype=torch.float32) / n
+        scores = scores.expand(shape)
+        return torch.empty_like(scores).scatter(1, torch.cat([*picks, rest], 1), scores)
+
+
+def _imitation_losses(predicted: Tensor, errors: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+    """What is not explained of all the errors (B, 1 + N, N) before and after each patch alone, where hidden (B, N).
+
+    Errors fall a hundredfold as more is visible: shares of the teacher's variance weigh each image alike, and their
+    logarithm keeps those where the learner is far off from weighing more.
+    """
+    count, rows = hidden.sum(1, keepdim=True), hidden.unsqueeze(2)
+    (own, removed), (wrong_own, wrong_removed) = (
+        (e[:, 0] * hidden, (e[:, :1] - e[:, 1:]) * hidden.unsqueeze(1) * rows) for e in (errors, predicted - errors)
+    )
+
+    def missing(wrong: Tensor, target: Tensor) -> Tensor:
+        variance = ((target - target.sum(1, keepdim=True) / count) * hidden).square().sum(1)
+        return wrong.square().sum(1) / variance.clamp_min(1e-4)
+
+    error_map = missing(wrong_own, own)
+    gain = missing(wrong_removed.sum(-1) + wrong_own, removed.sum(-1) + own)  # a patch removes its own error, too
+    pairs = wrong_removed.square().sum((1, 2)) / (removed.square().sum((1, 2)) + own.square().sum(1)).clamp_min(1e-4)
+    parts = {"map": error_map, "gain": gain, "pairs": pairs}
+    parts = {name: part.log1p().mean() for name, part in parts.items()}
+    return {"loss": sum(parts.values()), **{name: part.detach() for name, part in parts.items()}}
 
 
 def _set_losses(predicted: Tensor, errors: Tensor) -> dict[str, Tensor]:
@@ -166,6 +217,7 @@ default_cfgs = generate_default_cfgs(
         "collapse_ranker_tiny.tin100_features": pixel_cfg("collapse_ranker_tiny.tin100_features"),
         "collapse_ranker_tiny.cifar10_features": pixel_cfg("collapse_ranker_tiny.cifar10_features"),
         "collapse_ranker_tiny_224.photos": pixel_cfg("collapse_ranker_tiny_224.photos", img_size=224),
+        "collapse_ranker_nano_224.photos": pixel_cfg("collapse_ranker_nano_224.photos", img_size=224),
         "collapse_ranker_tiny_224_rerun.photos": pixel_cfg("collapse_ranker_tiny_224_rerun.photos", img_size=224),
     }
 )
@@ -181,21 +233,30 @@ def collapse_ranker_tiny(pretrained: bool = False, **kwargs) -> Ranker:
     return build(Ranker, "collapse_ranker_tiny", pretrained, {}, kwargs)
 
 
-_PHASES_224 = (0.0, 0.02, 0.05, 0.09, 0.13, 0.18, 0.24, 0.34, 0.45, 0.6)
-
-
 @register_model
 def collapse_ranker_tiny_224(pretrained: bool = False, **kwargs) -> Ranker:
-    """The same on a 14 x 14 grid: images are resized to 112 px, so that a patch stands for 16 px of a 224 px image.
+    """For photos, 14 x 14 patches: 4 blocks of width 128 on cells of 2 x 2 patches of 8 px; images are resized to 112 px.
 
-    Three of four blocks run once, the last one in each phase: the order's first 22% cost at most .5 GMACs.
+    One block runs once, the others in each phase, three for the first 22%: .12 GMACs.
     """
-    defaults = {"img_size": 112, "static_depth": 3, "phases": _PHASES_224}
+    phases = (0.0, 0.04, 0.11, 0.23, 0.4, 0.62)
+    defaults = {"img_size": 112, "static_depth": 1, "phases": phases, "cell": 2}
     return build(Ranker, "collapse_ranker_tiny_224", pretrained, defaults, kwargs)
 
 
 @register_model
+def collapse_ranker_nano_224(pretrained: bool = False, **kwargs) -> Ranker:
+    """For small ViTs: looks at 56 px only, with 3 blocks, the last one in each phase, two for the first 22%: .05 GMACs."""
+    defaults = {"img_size": 56, "patch_size": 4, "depth": 3, "static_depth": 2, "rank": 16, "cell": 2}
+    phases = (0.0, 0.07, 0.23, 0.42)
+    return build(Ranker, "collapse_ranker_nano_224", pretrained, {**defaults, "phases": phases}, kwargs)
+
+
+@register_model
 def collapse_ranker_tiny_224_rerun(pretrained: bool = False, **kwargs) -> Ranker:
-    """As `collapse_ranker_tiny_224`, but every phase runs all blocks: a better order for about three times the cost."""
-    defaults = {"img_size": 112, "phases": _PHASES_224}
-    return build(Ranker, "collapse_ranker_tiny_224_rerun", pretrained, defaults, kwargs)
+    """A token for each of the 14 x 14 patches of 8 px, all 4 blocks in each of ten phases: the best order, and the dearest.
+
+    The teacher of the other two: ten times their cost.
+    """
+    phases = (0.0, 0.02, 0.05, 0.09, 0.13, 0.18, 0.24, 0.34, 0.45, 0.6)
+    return build(Ranker, "collapse_ranker_tiny_224_rerun", pretrained, {"img_size": 112, "phases": phases}, kwargs)

@@ -5,7 +5,7 @@ from .bank import ClassOrderBank
 from .baselines import BASELINES, baseline_scores
 from .budget import check_keep, check_keeps, parse_keep, resolve_keep
 from .errors import CollapseError, check_grid, check_images
-from .factors import expected_errors, greedy_factor_order
+from .factors import condition, expected_errors, parallel_order, single_errors
 from .generation import GENERATION_ORDERS, GenerationOrder, tokens_per_step
 from .hierarchy import HierarchicalGraph, hierarchical_pagerank
 from .order import Order
@@ -30,17 +30,19 @@ __all__ = [
     "check_images",
     "check_keep",
     "check_keeps",
+    "condition",
     "expected_errors",
-    "greedy_factor_order",
     "halton_ranks",
     "hierarchical_pagerank",
     "image_dependence",
     "jitter_order",
     "mix_random",
     "pagerank",
+    "parallel_order",
     "parse_keep",
     "rank_graph",
     "resolve_keep",
+    "single_errors",
     "spearman",
     "tokens_per_step",
 ]

@@ -1,8 +1,8 @@
-"""Greedy order under a factor model of one image's uncertainty.
+"""Orders under a factor model of one image's uncertainty.
 
 Each patch is a loading on r latent factors of the image plus a part of its own: x_n = g_n . z + sqrt(d_n) e_n with
 independent unit normals. So the covariance of the patches is G G^T + diag(d): what two patches share is known once,
-whichever of them is seen. Seeing a patch is Bayesian linear regression on z, and nothing needs an N x N matrix.
+whichever of them is seen. Seeing a patch is Bayesian linear regression on z.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .order import stable_argsort
 from .precision import without_autocast
 
 
@@ -49,7 +50,7 @@ def condition(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor:
         transposed = g.mT.unsqueeze(1).expand(-1, revealed.shape[1], -1, -1)
         if torch.onnx.is_in_onnx_export():
             return _whiten(information, transposed).mT
-        factor = torch.linalg.cholesky(information)
+        factor = torch.linalg.cholesky_ex(information).L  # its checks would read a value back from the device
         return torch.linalg.solve_triangular(factor, transposed, upper=False).mT
 
 
@@ -69,49 +70,69 @@ def _whiten(matrix: Tensor, vectors: Tensor) -> Tensor:
     return torch.cat(done, -2)
 
 
-@torch.no_grad()
-def greedy_factor_order(loadings: Tensor, noise: Tensor, revealed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The next patches, each the one that removes most expected error.
-
-    The gain of patch j is its own standard deviation plus what it removes from the others, to first order in their
-    variances: sum_n C_nj^2 / (2 s_n v_j). Factors are conditioned on each pick by a symmetric square-root update, which
-    costs O(N r), so a pick costs O(N r^2).
+def single_errors(loadings: Tensor, noise: Tensor) -> Tensor:
+    """Standard deviation of every patch, and what is left of it once any one other patch is revealed.
 
     Args:
         loadings: (B, N, r).
         noise: (B, N), > 0.
-        revealed: (B, N) bool: already visible: conditioned on, and not picked again.
-        count: Patches to pick, at most those that are left in every image.
 
     Returns:
-        indices (B, count), best first, and the gains (B, N) that remain after the last pick (-1 where revealed).
+        (B, 1 + N, N): first s, that of every patch; then for each patch j that is revealed s_n sqrt(1 - rho_nj^2), with
+        rho the correlation of two patches, but for n = j, where it stays s_j. Differentiable.
     """
-    g, d = condition(loadings, noise, revealed.unsqueeze(1)).squeeze(1), noise.float()
-    shown = revealed.clone()
-    picks = []
+    deviation, shared = _correlations(loadings, noise)
+    others = 1.0 - torch.eye(shared.shape[1], device=shared.device)
+    deviation = deviation.unsqueeze(1)
+    return torch.cat([deviation, deviation * (1.0 - shared * others).clamp_min(1e-6).sqrt()], 1)
+
+
+def _correlations(loadings: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviations (B, N), and squared correlations of the factors' parts of two patches (B, N, N)."""
+    g = loadings.float()
     with without_autocast(g):
-        gains = _pick(g, d, shown, count, picks)
-    indices = torch.stack(picks, 1) if picks else torch.empty(g.shape[0], 0, dtype=torch.long, device=g.device)
-    return indices, gains
+        deviation = (g.square().sum(-1) + noise.float()).sqrt()
+        unit = g / deviation.unsqueeze(-1)
+        return deviation, torch.bmm(unit, unit.mT).square()
 
 
-def _pick(g: Tensor, d: Tensor, shown: Tensor, count: int, picks: list[Tensor]) -> Tensor:
-    """Append `count` greedy picks; returns the gains that remain. Changes `shown`."""
-    rows = torch.arange(g.shape[0], device=g.device)
-    for step in range(count + 1):
-        shared = g.square().sum(-1)
-        deviation = (shared + d).sqrt()
-        weight = (0.5 / deviation).masked_fill(shown, 0.0)
-        moment = torch.bmm((g * weight.unsqueeze(-1)).mT, g)  # (B, r, r)
-        others = (torch.bmm(g, moment) * g).sum(-1) - weight * shared.square()
-        gains = (deviation + others / (shared + d)).masked_fill(shown, -1.0)
-        if step == count:
-            return gains
-        best = gains.argmax(1)
-        picks.append(best)
-        shown[rows, best] = True
-        pick, own = g[rows, best], d[rows, best].unsqueeze(-1)
-        length = pick.square().sum(-1, keepdim=True).clamp_min(1e-12)
-        # (I - b p p^T)^2 = I - p p^T / (|p|^2 + d): conditions on the pick without a matrix inverse
-        b = (1.0 - (own / (length + own)).sqrt()) / length
-        g = g - torch.bmm(g, pick.unsqueeze(-1)) * (b * pick).unsqueeze(1)
+@torch.no_grad()
+def parallel_order(loadings: Tensor, noise: Tensor, revealed: Tensor | None = None) -> Tensor:
+    """An order of the patches, all at once: the gain of each is damped by what those ahead of it tell of it.
+
+    The gain of patch j is its own standard deviation plus what it removes from the others, to first order in their
+    variances: sum_n s_n rho_nj^2 / 2. It counts as far as the patch is still unknown when its turn comes: its share is
+    1 - sum_i share_i rho_ij^2 over the patches i of a larger gain, a triangular system. ("Matrix NMS" damps by the
+    largest rho_ij^2 instead: Wang et al., SOLOv2, 2020, arXiv 2003.10152.) That is nearly as good as greedy choice,
+    one patch after the other, where the order is made in a few phases, without a step for every patch.
+
+    Args:
+        loadings: (B, N, r), of what is unknown where the revealed patches are known.
+        noise: (B, N), > 0.
+        revealed: (B, N) bool: already visible; None: nothing is.
+
+    Returns:
+        (B, N) long: best first, the revealed ones last.
+    """
+    deviation, shared = _correlations(loadings, noise)
+    with without_autocast(deviation):
+        hidden = deviation if revealed is None else deviation.masked_fill(revealed, 0.0)
+        own = torch.addcmul(hidden, hidden, shared.diagonal(dim1=1, dim2=2), value=-0.5)  # counts wholly, not twice
+        gains = torch.baddbmm(own.unsqueeze(-1), shared, hidden.unsqueeze(-1), alpha=0.5).squeeze(-1)
+        if revealed is not None:
+            gains = gains.masked_fill(revealed, -1.0)
+        order = stable_argsort(gains, descending=True)
+        rows = order.unsqueeze(-1).expand_as(shared)
+        ahead = shared.gather(1, rows).gather(2, rows.mT).tril(-1)  # [j, i], by gain
+        share = _substitute(ahead, torch.ones_like(gains).unsqueeze(-1)).squeeze(-1).clamp_min(1e-4)
+        return order.gather(1, stable_argsort(gains.gather(1, order) * share, descending=True))
+
+
+def _substitute(lower: Tensor, right: Tensor) -> Tensor:
+    """x of (I + L) x = b, with a strictly lower triangular L (B, N, N) and b (B, N, 1)."""
+    if not torch.onnx.is_in_onnx_export():
+        return torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
+    rows = [right[:, :1]]
+    for row in range(1, right.shape[1]):
+        rows.append(right[:, row : row + 1] - lower[:, row : row + 1, :row] @ torch.cat(rows, 1))
+    return torch.cat(rows, 1)
