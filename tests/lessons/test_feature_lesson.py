@@ -121,7 +121,7 @@ def test_ranker_learns_the_patch_that_decides():
         return (ranker.rank(batch).argmax(1) == place).float().mean().item()
 
     before = found()
-    for step in range(120):
+    for step in range(160):
         batch, _ = images(32)
         out = ranker(batch, *lesson(batch, draws, ranker if step > 20 and step % 2 else None, batch))
         optimizer.zero_grad()

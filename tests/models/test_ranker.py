@@ -4,10 +4,12 @@ import torch
 
 import timm_collapse  # noqa: F401
 from timm_collapse import CollapseError, CollapseOrder
-from timm_collapse.evaluation import count_macs
+from timm_collapse.evaluation import count_launches, count_macs
+from timm_collapse.lessons.imitation import Imitation, inherit
 from timm_collapse.lessons.pixels import Lesson
 from timm_collapse.models import unpatchify
 from timm_collapse.models.ranker import Ranker
+from timm_collapse.order import expected_errors, single_errors
 
 SMALL = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1, "rank": 8, "phases": (0.0, 0.25, 0.5)}
 
@@ -16,8 +18,9 @@ def ranker(**kwargs) -> Ranker:
     return timm.create_model("collapse_ranker_tiny", **{**SMALL, **kwargs}).eval()
 
 
-def test_scores_are_a_permutation_and_upto_agrees_with_the_whole():
-    model, images = ranker(), torch.randn(3, 3, 16, 16)
+@pytest.mark.parametrize("cell", [1, 2])
+def test_scores_are_a_permutation_and_upto_agrees_with_the_whole(cell):
+    model, images = ranker(cell=cell), torch.randn(3, 3, 16, 16)
     whole = model.rank(images)
     assert torch.equal(whole.sort(1).values, (torch.arange(1, 17) / 16).expand(3, -1))
     for upto in (1, 4, 7, 16):
@@ -36,8 +39,9 @@ def test_upto_saves_the_later_phases():
         assert len(passes) == expected
 
 
-def test_static_blocks_run_once_and_do_not_see_what_is_visible():
-    model, images = ranker(depth=3, static_depth=2), torch.randn(1, 3, 16, 16)
+@pytest.mark.parametrize("cell", [1, 2])
+def test_static_blocks_run_once_and_do_not_see_what_is_visible(cell):
+    model, images = ranker(depth=3, static_depth=2, cell=cell), torch.randn(1, 3, 16, 16)
     calls = []
     for i, block in enumerate(model.trunk.blocks):
         block.register_forward_hook(lambda *_, i=i: calls.append(i))
@@ -57,6 +61,36 @@ def test_any_image_size_is_resized_and_other_phases_can_be_asked_for():
             call()
 
 
+@pytest.mark.parametrize("cell", [1, 2])
+def test_the_network_is_told_which_patches_are_visible_and_where(cell):
+    """Its factors are those of each patch's own cell: moving one visible patch changes what is predicted."""
+    model, static = ranker(cell=cell), torch.randn(1, 16 // cell**2, 32)
+    none = torch.zeros(1, 16, dtype=torch.bool)
+    torch.nn.init.normal_(model.visible_token)
+    assert all(torch.equal(a, b) for a, b in zip(model.factors(static), model.factors(static, none)))
+    one, other = (none.clone().scatter(1, torch.tensor([[n]]), True) for n in (0, 1))
+    assert not torch.allclose(model.factors(static, one)[1], model.factors(static, other)[1])
+    torch.nn.init.zeros_(model.visible_token)  # now only the factor model knows: as a set revealed later
+    (g, d), (given, same) = model.factors(static), model.factors(static, one)
+    assert torch.equal(d, same)
+    later = expected_errors(g, d, one.unsqueeze(1))
+    assert torch.allclose(later, expected_errors(given, d, none.unsqueeze(1)) * ~one, atol=1e-6)
+
+
+def test_a_cell_predicts_its_own_patches():
+    """Patch n of the grid is at row n // 4: cell 1 of 2 x 2 holds the patches 2, 3, 6 and 7."""
+    model = ranker(cell=2, depth=1)
+    noise = torch.arange(16.0).view(1, 4, 4)  # [cell, place in the cell]
+    model.log_noise.forward = lambda x: noise
+    found = model.factors(torch.randn(1, 4, 32))[1].view(4, 4)
+    assert found[:2, 2:].flatten().allclose(torch.nn.functional.softplus(noise[0, 1]) + 1e-4)
+    told = []
+    model.trunk.blocks[0].register_forward_pre_hook(lambda _, args: told.append(args[0]))
+    torch.nn.init.ones_(model.visible_token)
+    model.factors(torch.zeros(1, 4, 32), torch.zeros(1, 16, dtype=torch.bool).scatter(1, torch.tensor([[6, 7]]), True))
+    assert told[0][0].mean(-1).tolist() == [0, 2, 0, 0]
+
+
 def test_tiny_grids_and_bfloat16_work():
     scores = ranker(img_size=8, phases=(0.0, 0.06, 0.3)).rank(torch.randn(2, 3, 8, 8))
     assert torch.equal(scores.sort(1).values, torch.tensor([[0.25, 0.5, 0.75, 1.0]] * 2))
@@ -65,13 +99,15 @@ def test_tiny_grids_and_bfloat16_work():
         ({"in_chans": 1}, "in_chans"),
         ({"img_size": (16, 8)}, "square"),
         ({"img_size": 18}, "multiple"),
+        ({"img_size": 20, "cell": 2}, "multiple"),
     ):
         with pytest.raises(CollapseError, match=message):
             ranker(**kwargs)
 
 
-def test_an_image_is_ordered_alike_alone_and_in_a_batch():
-    model, images = ranker(), torch.randn(4, 3, 16, 16)
+@pytest.mark.parametrize("cell", [1, 2])
+def test_an_image_is_ordered_alike_alone_and_in_a_batch(cell):
+    model, images = ranker(cell=cell), torch.randn(4, 3, 16, 16)
     whole = model.rank(images)
     assert all(torch.equal(model.rank(images[i : i + 1])[0], whole[i]) for i in range(4))
 
@@ -108,9 +144,10 @@ def test_lesson_sets_are_nested_and_errors_belong_to_them(own):
     assert torch.allclose(errors[:, 2], environment.errors(tokens, index, (4, 4)), atol=1e-5)
 
 
-def test_it_learns_which_patches_matter():
+@pytest.mark.parametrize("cell", [1, 2])
+def test_it_learns_which_patches_matter(cell):
     """Errors made by a known rule: in each image one bright patch, anywhere, explains half of all the others."""
-    model = ranker(phases=(0.0,)).train()
+    model = ranker(phases=(0.0,), cell=cell).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
 
     def bright(batch):
@@ -134,18 +171,88 @@ def test_it_learns_which_patches_matter():
     assert (model.eval().rank(images).argmax(1) == where).float().mean() > 0.9
 
 
-def test_cost_at_224_px_is_within_the_budget():
-    model = timm.create_model("collapse_ranker_tiny_224").eval()
-    macs = count_macs(lambda: model.rank(torch.randn(1, 3, 224, 224), upto=44))
-    assert 0.3e9 < macs <= 0.5e9
+@pytest.mark.parametrize("name, gmacs, launches", [("tiny", 0.13, 250), ("nano", 0.06, 120)])
+def test_cost_at_224_px_is_within_the_budget(name, gmacs, launches):
+    """Of the first 22%; on a GPU the launches count, not the multiply-accumulates."""
+    model = timm.create_model(f"collapse_ranker_{name}_224").eval()
+    assert gmacs / 2 < count_macs(lambda: model.rank(torch.randn(1, 3, 224, 224), upto=44)) / 1e9 <= gmacs
+    images = torch.randn(8, 3, 224, 224)
+    assert launches / 2 < count_launches(lambda: model.rank(images, upto=43)) <= launches
 
 
-def test_ranker_compiles():
+@pytest.mark.parametrize("cell", [1, 2])
+def test_ranker_compiles_as_a_whole_and_orders_as_before(cell):
+    model, images = ranker(cell=cell), torch.randn(2, 3, 20, 20)
+    compiled = torch.compile(model.rank, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(images), model.rank(images)) and torch.equal(compiled(images, 5), model.rank(images, 5))
+
+
+# -- imitation of a trained ranker
+# -------------------------------------------------------------------------------------------------------
+
+
+def test_a_ranker_that_expects_the_same_has_nothing_to_learn():
+    teacher, images = ranker(), torch.randn(4, 3, 16, 16)
+    lesson = Imitation(teacher)
+    for own in (False, True):
+        visible, revealed, errors = lesson(images, Fixed(), teacher, own)
+        assert revealed is None and errors.shape == (4, 17, 16)
+        assert torch.equal(errors, single_errors(*teacher.factors(teacher.static(images), visible)))
+        assert all(value < 1e-6 for value in teacher(images, visible, revealed, errors).values())
+        assert ranker(depth=2)(images, visible, revealed, errors)["loss"] > 0.1
+
+
+def test_visible_sets_have_the_sizes_of_the_phases():
+    sizes = {0: (0, 0), 0.25: (3, 5), 0.5: (6, 10)}
+    lesson, seen = Imitation(ranker()), set()
+    for _ in range(10):
+        visible, _, _ = lesson(torch.randn(8, 3, 16, 16), Fixed(), ranker(), True)
+        for count in visible.sum(1).tolist():
+            seen |= {phase for phase, (least, most) in sizes.items() if least <= count <= most}
+            assert any(least <= count <= most for least, most in sizes.values())
+    assert seen == set(sizes)
+
+
+def test_losses_ignore_what_is_visible_and_weigh_images_alike():
     model, images = ranker(), torch.randn(2, 3, 16, 16)
     visible = torch.zeros(2, 16, dtype=torch.bool)
-    compiled = torch.compile(lambda x, v: model.factors(model.static(x), v), backend="aot_eager", fullgraph=True)
-    for a, b in zip(model.factors(model.static(images), visible), compiled(images, visible)):
-        assert torch.allclose(a, b, atol=1e-5)
+    visible[:, :4] = True
+    errors = single_errors(*model.factors(model.static(images), visible)).detach()
+    errors[:, :, :4] = 99
+    errors[:, 1:5] = 99
+    assert model(images, visible, None, errors)["loss"] < 1e-6
+    wrong = errors.clone()
+    wrong[:, 0, 4:] *= 1.5
+    half = torch.stack([wrong[0], errors[1]])
+    both, one = (model(images, visible, None, e)["map"] for e in (wrong, half))
+    assert 0 < one < both
+
+
+def test_a_ranker_of_cells_starts_as_its_teacher_on_a_smaller_image():
+    teacher, learner = ranker(depth=2), ranker(depth=2, cell=2, img_size=32, patch_size=8)
+    coarse = Ranker(img_size=8, patch_size=4, dim=32, depth=2, rank=8)
+    coarse.load_state_dict(teacher.state_dict())
+    for module in (teacher, coarse):  # without content in queries and keys, attention knows positions alone
+        for block in module.trunk.blocks:
+            block.attn.qkv.weight.data[:64] = 0
+    images = torch.randn(4, 3, 32, 32)
+    inherit(learner, teacher, images)
+    small = torch.nn.functional.avg_pool2d(images, 4)
+    (g, d), (coarse_g, coarse_d) = (m.factors(m.static(x)) for m, x in ((learner, images), (coarse, small)))
+    parents = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3])
+    assert torch.allclose(d, coarse_d[:, parents], atol=1e-5)
+    assert torch.allclose(g @ g.mT, (coarse_g @ coarse_g.mT)[:, parents][:, :, parents], atol=1e-5)
+
+
+def test_a_ranker_cannot_start_from_one_of_another_shape():
+    for learner, teacher in (
+        ({}, {}),
+        ({"cell": 2, "dim": 64}, {}),
+        ({"cell": 2, "rank": 16}, {}),
+        ({"cell": 2}, {"cell": 2}),
+    ):
+        with pytest.raises(CollapseError, match="teacher.*cannot start"):
+            inherit(ranker(**learner), ranker(**teacher), torch.randn(2, 3, 16, 16))
 
 
 # -- CollapseOrder

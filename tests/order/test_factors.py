@@ -158,8 +158,10 @@ def test_onnx_export_solves_without_linear_algebra(monkeypatch):
 
     expected = results()
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    monkeypatch.setattr(torch.linalg, "cholesky", None)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", None)
     monkeypatch.setattr(torch.linalg, "solve_triangular", None)
     covariance, errors, order = results()
     assert torch.allclose(covariance, expected[0], atol=1e-5) and torch.allclose(errors, expected[1], atol=1e-5)
-    assert torch.equal(order, expected[2])
+    for found, wanted, shown in zip(order, expected[2], revealed[:, 1]):  # the order of the revealed means nothing
+        hidden = int((~shown).sum())
+        assert torch.equal(found[:hidden], wanted[:hidden])

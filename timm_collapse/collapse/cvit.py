@@ -136,13 +136,13 @@ def cvit(pretrained: bool = False, base: str = "vit_base_patch16_224", **kwargs)
 @register_model
 def cvit_tiny_patch16(pretrained: bool = False, **kwargs) -> nn.Module:
     """`vit_tiny_patch16_224`, collapsed."""
-    return _cvit("cvit_tiny_patch16", pretrained, kwargs)
+    return _cvit("cvit_tiny_patch16", pretrained, kwargs, orderer="collapse_ranker_nano_224")
 
 
 @register_model
 def cvit_small_patch16(pretrained: bool = False, **kwargs) -> nn.Module:
     """`vit_small_patch16_224`, collapsed."""
-    return _cvit("cvit_small_patch16", pretrained, kwargs)
+    return _cvit("cvit_small_patch16", pretrained, kwargs, orderer="collapse_ranker_nano_224")
 
 
 @register_model

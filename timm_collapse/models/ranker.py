@@ -15,7 +15,6 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..order import CollapseError, check_images, condition, expected_errors, parallel_order, single_errors
-from ..order.order import stable_argsort
 from .registry import build, pixel_cfg
 from .tokenizer import patchify, resize_images
 from .transformer import PlainTransformer, Transformer, border_distances, init_weights
@@ -235,7 +234,7 @@ def collapse_ranker_tiny(pretrained: bool = False, **kwargs) -> Ranker:
 
 @register_model
 def collapse_ranker_tiny_224(pretrained: bool = False, **kwargs) -> Ranker:
-    """For photos, 14 x 14 patches: 4 blocks of width 128 on cells of 2 x 2 patches of 8 px; images are resized to 112 px.
+    """For photos, 14 x 14 patches: images are resized to 112 px; 4 blocks of width 128 on cells of 2 x 2 patches.
 
     One block runs once, the others in each phase, three for the first 22%: .12 GMACs.
     """
@@ -246,7 +245,7 @@ def collapse_ranker_tiny_224(pretrained: bool = False, **kwargs) -> Ranker:
 
 @register_model
 def collapse_ranker_nano_224(pretrained: bool = False, **kwargs) -> Ranker:
-    """For small ViTs: looks at 56 px only, with 3 blocks, the last one in each phase, two for the first 22%: .05 GMACs."""
+    """For small ViTs: looks at 56 px, 3 blocks, the last one in each phase, two phases for the first 22%: .05 GMACs."""
     defaults = {"img_size": 56, "patch_size": 4, "depth": 3, "static_depth": 2, "rank": 16, "cell": 2}
     phases = (0.0, 0.07, 0.23, 0.42)
     return build(Ranker, "collapse_ranker_nano_224", pretrained, {**defaults, "phases": phases}, kwargs)
@@ -254,9 +253,9 @@ def collapse_ranker_nano_224(pretrained: bool = False, **kwargs) -> Ranker:
 
 @register_model
 def collapse_ranker_tiny_224_rerun(pretrained: bool = False, **kwargs) -> Ranker:
-    """A token for each of the 14 x 14 patches of 8 px, all 4 blocks in each of ten phases: the best order, and the dearest.
+    """A token for each of the 14 x 14 patches, all 4 blocks in each of ten phases: the teacher of the other two.
 
-    The teacher of the other two: ten times their cost.
+    The first 22% cost ten times those of `collapse_ranker_tiny_224`.
     """
     phases = (0.0, 0.02, 0.05, 0.09, 0.13, 0.18, 0.24, 0.34, 0.45, 0.6)
     return build(Ranker, "collapse_ranker_tiny_224_rerun", pretrained, {"img_size": 112, "phases": phases}, kwargs)
