@@ -20,6 +20,7 @@ NO_KERNEL = {
     "aten::lift_fresh",
     "aten::new_empty",
     "aten::new_empty_strided",
+    "aten::promote_types",
     "aten::sym_size.int",
 }
 

@@ -96,7 +96,7 @@ def inherit(learner: Ranker, teacher: Ranker, images: Tensor) -> None:
     learner.trunk.norm.load_state_dict(teacher.trunk.norm.state_dict())
     loadings = teacher.loadings(teacher.trunk.norm(x)).flatten(0, 1)
     main = torch.linalg.eigh(loadings.T @ loadings).eigenvectors[:, -rank:].T  # all, turned, where the ranks are equal
-    learner.loadings.weight.copy_((main @ teacher.loadings.weight).repeat(cell**2, 1))
-    learner.loadings.bias.copy_((main @ teacher.loadings.bias).repeat(cell**2))
-    learner.log_noise.weight.copy_(teacher.log_noise.weight.expand(cell**2, -1))
-    learner.log_noise.bias.copy_(teacher.log_noise.bias.expand(cell**2))
+    for part in ("weight", "bias"):
+        rows = main @ getattr(teacher.loadings, part), getattr(teacher.log_noise, part)
+        head = getattr(learner.head, part)
+        head.copy_(torch.cat(rows).repeat(cell**2, *[1] * (head.ndim - 1)))

@@ -38,6 +38,7 @@ class Ranker(nn.Module):
         phases: Shares of the patches, ascending from 0, at which the factors are predicted anew, given what is visible.
         cell: Side, in patches, of what one token stands for. 1: one patch, at a rotary position. More: a token predicts
             all of its cell^2 patches, so that there are fewer tokens, at learned positions: far fewer operations.
+        rounds: Of `parallel_order`, in each phase.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Ranker(nn.Module):
         rank: int = 32,
         phases: tuple[float, ...] = (0.0, 0.06, 0.16, 0.3, 0.5),
         cell: int = 1,
+        rounds: int = 2,
     ):
         super().__init__()
         check_phases(phases)
@@ -58,7 +60,7 @@ class Ranker(nn.Module):
         self.img_size, self.patch_size, self.phases = img_size, patch_size, tuple(phases)
         if not 0 <= static_depth < depth:
             raise CollapseError(f"static_depth must be in [0, depth={depth}), got {static_depth}")
-        self.static_depth, self.num_factors = static_depth, rank
+        self.static_depth, self.num_factors, self.rounds = static_depth, rank, rounds
         self.grid = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         self.cell = cell
@@ -66,18 +68,26 @@ class Ranker(nn.Module):
         if cell == 1:
             self.border = nn.Linear(4, dim)
             self.trunk = Transformer(dim, depth)
+            self.loadings = nn.Linear(dim, rank)
+            self.log_noise = nn.Linear(dim, 1)
         else:
             cells = [side // cell for side in self.grid]
             self.positions = nn.Parameter(build_sincos2d_pos_embed(cells, dim).unsqueeze(0))
             self.trunk = PlainTransformer(dim, depth, self.num_patches // cell**2)
+            self.head = nn.Linear(dim, cell**2 * (rank + 1))  # a patch's loadings, and the logarithm of its noise
         self.visible_token = nn.Parameter(torch.zeros(1, cell**2, dim))
-        self.loadings = nn.Linear(dim, rank * cell**2)
-        self.log_noise = nn.Linear(dim, cell**2)
         init_weights(self)
-        nn.init.constant_(self.log_noise.bias, -2.0)
-        nn.init.trunc_normal_(
-            self.loadings.weight, std=0.08 / dim**0.5 * 32**0.5 / rank**0.5
-        )  # errors start at about .5
+        with torch.no_grad():
+            loadings, noise_bias = self._loadings_and_noise_bias()
+            nn.init.trunc_normal_(loadings, std=0.08 / dim**0.5 * 32**0.5 / rank**0.5)  # errors start at about .5
+            noise_bias.fill_(-2.0)
+
+    def _loadings_and_noise_bias(self) -> tuple[Tensor, Tensor]:
+        """Views of the weights that make the loadings, and of the noise's bias."""
+        if self.cell == 1:
+            return self.loadings.weight, self.log_noise.bias
+        shape = self.cell**2, self.num_factors + 1
+        return self.head.weight.unflatten(0, shape)[:, :-1], self.head.bias.unflatten(0, shape)[:, -1]
 
     def static(self, images: Tensor) -> Tensor:
         """What does not depend on the visible set: (B, C, H, W), normalised -> tokens (B, N / cell^2, dim)."""
@@ -101,13 +111,17 @@ class Ranker(nn.Module):
             loadings (B, N, r) and noise (B, N), for `expected_errors` and `parallel_order`; those of visible patches
             mean nothing.
         """
-        shape, x = {"h": self.grid[0] // self.cell, "p": self.cell, "q": self.cell}, static
+        x, c = static, self.cell
+        h, w = (side // c for side in self.grid)
         if visible is not None:
-            told = rearrange(visible.to(x.dtype), "b (h p w q) -> b (h w) (p q)", **shape)
-            x = x + told @ self.visible_token[0].to(x.dtype)
+            told = visible.view(-1, h, c, w, c).transpose(2, 3).to(x.dtype, memory_format=torch.contiguous_format)
+            x = x + told.view(-1, h * w, c * c) @ self.visible_token[0].to(x.dtype)
         x = self.trunk.norm(self.trunk.run(x, self.grid, start=self.static_depth))
-        loadings = rearrange(self.loadings(x), "b (h w) (p q r) -> b (h p w q) r", **shape).float()
-        noise = rearrange(self.log_noise(x), "b (h w) (p q) -> b (h p w q)", **shape).float()
+        if c == 1:
+            loadings, noise = self.loadings(x).float(), self.log_noise(x).squeeze(-1).float()
+        else:
+            found = rearrange(self.head(x), "b (h w) (p q r) -> b (h p w q) r", h=h, p=c, q=c).float()
+            loadings, noise = found[..., :-1], found[..., -1]
         noise = F.softplus(noise) + 1e-4
         if visible is not None:
             loadings = condition(loadings, noise, visible.unsqueeze(1)).squeeze(1)
@@ -170,7 +184,7 @@ class Ranker(nn.Module):
             if picks:
                 # not True: jit.trace knows no bool there
                 visible = torch.zeros(shape, dtype=torch.bool, device=images.device).scatter(1, torch.cat(picks, 1), 1)
-            order = parallel_order(*self.factors(static, visible), visible)
+            order = parallel_order(*self.factors(static, visible), visible, self.rounds)
             picks.append(order[:, : min(stop, upto) - start])
             rest = order[:, min(stop, upto) - start : n - start]
         scores = torch.arange(n, 0, -1, device=images.device, dtype=torch.float32) / n
@@ -246,7 +260,7 @@ def collapse_ranker_tiny_224(pretrained: bool = False, **kwargs) -> Ranker:
 @register_model
 def collapse_ranker_nano_224(pretrained: bool = False, **kwargs) -> Ranker:
     """For small ViTs: looks at 56 px, 3 blocks, the last one in each phase, two phases for the first 22%: .05 GMACs."""
-    defaults = {"img_size": 56, "patch_size": 4, "depth": 3, "static_depth": 2, "rank": 16, "cell": 2}
+    defaults = {"img_size": 56, "patch_size": 4, "depth": 3, "static_depth": 2, "rank": 16, "cell": 2, "rounds": 1}
     phases = (0.0, 0.07, 0.23, 0.42)
     return build(Ranker, "collapse_ranker_nano_224", pretrained, {**defaults, "phases": phases}, kwargs)
 

@@ -44,12 +44,13 @@ def condition(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor:
     Returns:
         (B, C, N, r), float32. Differentiable.
     """
-    g, weight = loadings.float(), revealed.float() / noise.float().unsqueeze(1)
+    g, weight = loadings.float(), revealed / noise.float().unsqueeze(1)
     with without_autocast(g):  # half products would not stay positive definite
-        information = torch.einsum("bcn,bnr,bns->bcrs", weight, g, g) + torch.eye(g.shape[-1], device=g.device)
+        information = torch.einsum("bcn,bnr,bns->bcrs", weight, g, g)
         transposed = g.mT.unsqueeze(1).expand(-1, revealed.shape[1], -1, -1)
         if torch.onnx.is_in_onnx_export():
-            return _whiten(information, transposed).mT
+            return _whiten(information + torch.eye(g.shape[-1]), transposed).mT
+        information.diagonal(dim1=-2, dim2=-1).add_(1.0)
         factor = torch.linalg.cholesky_ex(information).L  # its checks would read a value back from the device
         return torch.linalg.solve_triangular(factor, transposed, upper=False).mT
 
@@ -97,19 +98,20 @@ def _correlations(loadings: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def parallel_order(loadings: Tensor, noise: Tensor, revealed: Tensor | None = None) -> Tensor:
+def parallel_order(loadings: Tensor, noise: Tensor, revealed: Tensor | None = None, rounds: int = 2) -> Tensor:
     """An order of the patches, all at once: the gain of each is damped by what those ahead of it tell of it.
 
     The gain of patch j is its own standard deviation plus what it removes from the others, to first order in their
     variances: sum_n s_n rho_nj^2 / 2. It counts as far as the patch is still unknown when its turn comes: its share is
-    1 - sum_i share_i rho_ij^2 over the patches i of a larger gain, a triangular system. ("Matrix NMS" damps by the
-    largest rho_ij^2 instead: Wang et al., SOLOv2, 2020, arXiv 2003.10152.) That is nearly as good as greedy choice,
-    one patch after the other, where the order is made in a few phases, without a step for every patch.
+    1 - sum_i share_i rho_ij^2 over the patches i ahead of it, a triangular system. Ahead is what has more of gain times
+    1 - max_i rho_ij^2 over the patches i of a larger gain ("matrix NMS", Wang et al., SOLOv2, 2020, arXiv 2003.10152).
+    In an order made in a few phases that is as good as greedy choice, without a step for every patch.
 
     Args:
         loadings: (B, N, r), of what is unknown where the revealed patches are known.
         noise: (B, N), > 0.
         revealed: (B, N) bool: already visible; None: nothing is.
+        rounds: How often shares are computed, each time in the order that the last ones gave.
 
     Returns:
         (B, N) long: best first, the revealed ones last.
@@ -121,11 +123,15 @@ def parallel_order(loadings: Tensor, noise: Tensor, revealed: Tensor | None = No
         gains = torch.baddbmm(own.unsqueeze(-1), shared, hidden.unsqueeze(-1), alpha=0.5).squeeze(-1)
         if revealed is not None:
             gains = gains.masked_fill(revealed, -1.0)
-        order = stable_argsort(gains, descending=True)
-        rows = order.unsqueeze(-1).expand_as(shared)
-        ahead = shared.gather(1, rows).gather(2, rows.mT).tril(-1)  # [j, i], by gain
-        share = _substitute(ahead, torch.ones_like(gains).unsqueeze(-1)).squeeze(-1).clamp_min(1e-4)
-        return order.gather(1, stable_argsort(gains.gather(1, order) * share, descending=True))
+        told = (shared * (gains.unsqueeze(1) > gains.unsqueeze(2))).amax(-1)
+        order = stable_argsort(torch.addcmul(gains, gains, told, value=-1.0), descending=True)
+        ones = torch.ones_like(gains).unsqueeze(-1)
+        for _ in range(rounds):
+            rows = order.unsqueeze(-1).expand_as(shared)
+            ahead = shared.gather(1, rows).gather(2, rows.mT).tril(-1)  # [j, i]: i is ahead of j
+            share = _substitute(ahead, ones).squeeze(-1).clamp_min(1e-4)
+            order = order.gather(1, stable_argsort(gains.gather(1, order) * share, descending=True))
+        return order
 
 
 def _substitute(lower: Tensor, right: Tensor) -> Tensor:
