@@ -24,8 +24,8 @@ from ..models.orderer import CollapseOrder
 from ..order import CollapseError, check_keep
 from ..order.errors import describe
 from .base import Collapsed, check_remainder, check_share
+from .classes import collapsed_class
 from .hf_families import find_hf_adapter, hf_cfg, is_hf
-from .holder import collapsed_class
 from .timm import CollapsedEva, CollapsedVit
 from .timm_cells import CollapsedCells, CollapsedEncoder, CollapsedGemma4, CollapsedGemma4Encoder
 from .timm_families import CollapsedBeit, CollapsedCait, CollapsedNaFlex

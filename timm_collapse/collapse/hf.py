@@ -6,8 +6,6 @@ tokens of the others after the position embedding. `transformers` is never impor
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
 
 from torch import Tensor, nn
@@ -15,32 +13,20 @@ from torch import Tensor, nn
 from ..order import CollapseError, Order
 from ..order.errors import describe
 from .base import Collapsed
-from .holder import HoldsOrderer, collapsed_class
+from .classes import Remade, collapsed_class, set_forward, take_name
 from .selection import embed_kept, image_size, spread_kept
 
 TRUNKS = ("vit", "dinov2", "dinov2_with_registers", "vision_model", "perceiver")
 """Attributes under which a model with a head holds the model that embeds the patches."""
 
 
-def take_name(cls: type) -> None:
-    """Give a collapsed class the name of the plain one.
-
-    transformers looks classes up by name: the architecture in config.json, the outputs that can be recorded, the heads
-    that a pipeline takes, the modules that are not split between devices.
-    """
-    plain = cls.__bases__[1]
-    cls.__name__, cls.__qualname__, cls.__module__ = plain.__name__, plain.__qualname__, plain.__module__
-
-
-class Part:
+class Part(Remade):
     """Mixin of the modules inside of a collapsed model that see its selection; made by `CollapsedHf._attach_part`."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if len(cls.__bases__) == 2:
             take_name(cls)
-
-    __reduce_ex__ = HoldsOrderer.__reduce_ex__
 
 
 class KeepTokens(Part):
@@ -86,7 +72,7 @@ class CollapsedHf(Collapsed):
         super().__init_subclass__(**kwargs)
         if len(cls.__bases__) == 2:
             take_name(cls)
-            _set_forward(cls, cls.__bases__[1].forward)
+            set_forward(cls, CollapsedHf.forward)
 
     def _attach(self) -> None:
         embeddings, conv = self._embeddings(), self._conv()
@@ -163,7 +149,7 @@ class CollapsedHf(Collapsed):
         return super().save_pretrained(*args, **kwargs)
 
     def _argument(self, name: str, args: tuple, kwargs: dict):
-        place = self._argument_names.index(name) if name in self._argument_names else len(args)
+        place = self.argument_names.index(name) if name in self.argument_names else len(args)
         return args[place] if place < len(args) else kwargs.get(name)
 
     def forward(self, *args, order: Order | None = None, **kwargs):
@@ -202,23 +188,6 @@ class CollapsedDinov3(CollapsedDinov2):
 
     def _patch_positions(self, grid: tuple[int, int]) -> None:
         return None
-
-
-def _set_forward(cls: type, plain) -> None:
-    """The forward method of one collapsed class, with the plain one's signature: Trainer reads its columns from it."""
-    signature = inspect.signature(plain)
-    parameters = list(signature.parameters.values())
-    order = inspect.Parameter("order", inspect.Parameter.KEYWORD_ONLY, default=None)
-    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
-    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-
-    @functools.wraps(CollapsedHf.forward)
-    def forward(self, *args, order: Order | None = None, **kwargs):
-        return CollapsedHf.forward(self, *args, order=order, **kwargs)
-
-    forward.__signature__ = signature.replace(parameters=[*named, order, *rest])
-    cls._argument_names = [p.name for p in named[1:]]
-    cls.forward = forward
 
 
 def trunk(model: nn.Module) -> nn.Module:

@@ -1,18 +1,16 @@
-"""What every collapsed model has: a class made from the plain one, and an orderer that is no part of it."""
+"""What every collapsed model has: a budget, and an orderer that is no part of it."""
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from timm.models._input import update_model_args
-from torch import nn
 
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, check_keep
+from .classes import Remade
 
 
-class HoldsOrderer:
+class HoldsOrderer(Remade):
     """Mixin of a model with an orderer beside it.
 
     Attributes:
@@ -67,18 +65,3 @@ class HoldsOrderer:
             "a collapsed model cannot run in DataParallel, which would leave its orderer on one device; use "
             "DistributedDataParallel"
         )
-
-    def __reduce_ex__(self, protocol):
-        return restore, (type(self).__bases__,), self.__dict__
-
-
-@cache
-def collapsed_class(adapter: type, base: type) -> type:
-    """The subclass of a model's class that its collapsed form has; made once, so that classes compare equal."""
-    return type(f"Collapsed{base.__name__}", (adapter, base), {"__module__": adapter.__module__})
-
-
-def restore(bases: tuple[type, type]) -> nn.Module:
-    """For copy and pickle: an empty instance; its state is set afterwards."""
-    cls = collapsed_class(*bases)
-    return cls.__new__(cls)

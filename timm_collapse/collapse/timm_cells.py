@@ -20,7 +20,7 @@ from ..order import CollapseError, Order
 from ..order.errors import describe
 from .base import Collapsed
 from .cells import patches_of_cells
-from .holder import HoldsOrderer, collapsed_class
+from .classes import Remade, collapsed_class
 from .selection import Carrier, Selection, embed_kept, fit_images, image_size
 from .timm import CollapsedTimm
 
@@ -38,7 +38,7 @@ class CellPatchEmbed(PatchEmbed):
         return self.norm(tokens).unflatten(1, (-1, selection.cell))
 
 
-class KeepPositions:
+class KeepPositions(Remade):
     """Mixin of Qwen3's and DeepSeek's encoder: each kept patch has the positions of its place in the whole grid."""
 
     carrier: Carrier
@@ -49,8 +49,6 @@ class KeepPositions:
             return super()._pos_embed(x)
         positions, rope = super()._pos_embed(x.new_zeros(1, *selection.grid, self.embed_dim))
         return x.flatten(1, 2) + embedding(selection.kept, positions[0]), rope[selection.kept].unsqueeze(1)
-
-    __reduce_ex__ = HoldsOrderer.__reduce_ex__
 
 
 class CollapsedCells(CollapsedTimm):

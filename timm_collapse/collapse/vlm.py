@@ -7,8 +7,6 @@ the others out of all that is as long as the text. Stock processors, prompts and
 
 from __future__ import annotations
 
-import functools
-import inspect
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from ..models.normalisation import Normalisation
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, Order, resolve_keep
 from ..order.errors import describe
+from .classes import set_forward, take_name
 from .holder import HoldsOrderer
 from .vlm_text import AS_LONG_AS_TEXT, Gap, Kept, Shortened, cache_of, go_on, next_positions, text_of
 
@@ -47,9 +46,8 @@ class CollapsedVlm(HoldsOrderer):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if len(cls.__bases__) == 2:  # the collapsed class of one stock class
-            stock = cls.__bases__[1]
-            cls.__name__, cls.__qualname__, cls.__module__ = stock.__name__, stock.__qualname__, stock.__module__
-            cls.forward, cls._argument_names = _with_order(stock.forward)
+            take_name(cls)
+            set_forward(cls, CollapsedVlm.collapsed_forward)
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
@@ -106,7 +104,7 @@ class CollapsedVlm(HoldsOrderer):
             n = grid[0] * grid[1]
             budget = resolve_keep(self.keep, n)
             if order is None:
-                of_group = self.orderer(
+                of_group = self.orderer_on(images.device)(
                     self.normalisation.to(Normalisation.of(self.orderer), images.float()), grid=grid, upto=budget
                 )
             else:
@@ -183,13 +181,14 @@ class CollapsedVlm(HoldsOrderer):
 
     # -- forward and generate ----------------------------------------------------------------------------------------
 
-    def _collapsed_forward(self, inputs: dict[str, Any], order: Order | list[Order] | None):
+    def collapsed_forward(self, *args, order: Order | list[Order] | None = None, **kwargs):
         """As the stock model's; `order` takes the place of the orderer's.
 
         Raises:
             CollapseError: Inputs whose image tokens do not match the images, an order of other images, videos, a mask
                 that is not (B, L), or `logits_to_keep` that names single tokens.
         """
+        inputs = {**dict(zip(self.argument_names, args)), **kwargs}
         short = self._shorten(inputs, order, generating=False)
         if short is None:
             return super().forward(**self._going_on(inputs))
@@ -242,23 +241,6 @@ class CollapsedVlm(HoldsOrderer):
             return sequences
         result.sequences = sequences
         return result
-
-
-def _with_order(stock) -> tuple[Any, list[str]]:
-    """The forward method of a collapsed class with the stock one's signature, which `generate` and Trainer read."""
-    signature = inspect.signature(stock)
-    parameters = list(signature.parameters.values())
-    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    order = inspect.Parameter("order", inspect.Parameter.KEYWORD_ONLY, default=None)
-    names = [p.name for p in named[1:]]
-
-    @functools.wraps(stock)
-    def forward(self, *args, order: Order | list[Order] | None = None, **kwargs):
-        return CollapsedVlm._collapsed_forward(self, {**dict(zip(names, args)), **kwargs}, order)
-
-    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
-    forward.__signature__ = signature.replace(parameters=[*named, order, *rest])
-    return forward, names
 
 
 def check_positions(positions: str, adapter: type[CollapsedVlm]) -> None:
