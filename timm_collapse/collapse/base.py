@@ -32,15 +32,25 @@ class Collapsed(HoldsOrderer):
             covered once, by patches where the order comes early and by ever larger cells, one token each, elsewhere).
         coarse_share: Share of the budget that coarse tokens may take; 1: the image is only downscaled. For "mixed", the
             share that the largest cells have before any of them is split.
+        area_bias: A token that stands for m patches (of the remainder; a kept patch is 1) gets area_bias x log(m) added
+            to its attention logits as a key, in every block, and where patches are pooled; at least 0. At 1 it counts
+            as m tokens would; 0: as one. Which is best for weights that saw no such tokens is between, see
+            docs/results.md.
     """
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def set_up(
-        self, orderer: nn.Module, keep: float | int, remainder: str, coarse_share: float, normalisation: Normalisation
+        self,
+        orderer: nn.Module,
+        keep: float | int,
+        remainder: str,
+        coarse_share: float,
+        area_bias: float,
+        normalisation: Normalisation,
     ) -> None:
         """Take the settings of a collapse, all of them checked, and put the parts that drop tokens in their places."""
-        self.remainder, self.coarse_share = remainder, coarse_share
+        self.remainder, self.coarse_share, self.area_bias = remainder, coarse_share, area_bias
         self.carrier = Carrier()
         self.hold(orderer)
         self.normalisation = normalisation
@@ -70,10 +80,24 @@ class Collapsed(HoldsOrderer):
         self._coarse_share = repr(check_share(coarse_share))
         self.record(coarse_share=self.coarse_share)
 
+    @property
+    def area_bias(self) -> float:
+        return float(self._area_bias)  # text, as `keep`
+
+    @area_bias.setter
+    def area_bias(self, area_bias: float) -> None:
+        self._area_bias = repr(check_area_bias(area_bias, self.why_no_area_bias(self)))
+        self.record(area_bias=self.area_bias)
+
     def why_no_remainder(self) -> str:
         """Why no token can stand for the dropped patches; empty where one can. Of a plain model, too."""
         stem = hasattr(getattr(self, "patch_embed", None), "backbone")
         return "the model's convolutional stem embeds whole images only" if stem else ""
+
+    @classmethod
+    def why_no_area_bias(cls, model: nn.Module) -> str:
+        """Why no token of a model, plain or collapsed, can count for its area; empty where it can."""
+        return cls.why_no_remainder(model)
 
     # -- selection ---------------------------------------------------------------------------------------------------
 
@@ -143,7 +167,10 @@ class Collapsed(HoldsOrderer):
             order = self._order(images, grid, plan.places)
         else:
             order = order.to(images.device)
-        return plan.select(order, images, self._embed_patches, partial(self._patch_positions, grid))
+        selection = plan.select(order, images, self._embed_patches, partial(self._patch_positions, grid))
+        if self.area_bias == 0 or selection.areas is None:
+            return selection
+        return selection.biased(self.area_bias, self.num_prefix_tokens)
 
     def plan(self, budget: int, grid: tuple[int, int]) -> Plan:
         """What the tokens of a budget are, on a grid of patches (h, w)."""
@@ -170,6 +197,16 @@ def check_share(coarse_share: float) -> float:
     if not isinstance(coarse_share, Real) or isinstance(coarse_share, bool) or not 0 < coarse_share <= 1:
         raise CollapseError(f"coarse_share must be in (0, 1], got {coarse_share!r}")
     return float(coarse_share)
+
+
+def check_area_bias(area_bias: float, why_none: str) -> float:
+    """The bias as a float; raises CollapseError unless it is finite and >= 0, and 0 where there is a reason for it."""
+    number = isinstance(area_bias, Real) and not isinstance(area_bias, bool)
+    if not number or not 0 <= area_bias < float("inf"):
+        raise CollapseError(f"area_bias must be at least 0 and finite, got {area_bias!r}")
+    if area_bias > 0 and why_none:
+        raise CollapseError(f"area_bias must be 0, got {area_bias!r}: {why_none}")
+    return float(area_bias)
 
 
 def check_order(order: Order, batch: int, grid: tuple[int, int]) -> None:

@@ -23,7 +23,7 @@ from ..models.normalisation import Normalisation
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, check_keep
 from ..order.errors import describe
-from .base import Collapsed, check_remainder, check_share
+from .base import Collapsed, check_area_bias, check_remainder, check_share
 from .classes import collapsed_class
 from .hf_families import find_hf_adapter, hf_cfg, is_hf
 from .timm import CollapsedEva, CollapsedVit
@@ -62,6 +62,7 @@ def collapse(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     positions: str = "keep",
+    area_bias: float = 0.0,
 ) -> nn.Module:
     """Make a vision transformer see only the first patches of a collapse order, in place.
 
@@ -83,6 +84,7 @@ def collapse(
             model is collapsed with already, or its `pretrained_cfg` (timm's default, ImageNet's, where it has none), or
             for transformers' models what their family is trained with; their averages for other than RGB images.
         positions: Of the text of a vision-language model: "keep" or "close", see `CollapsedVlm`.
+        area_bias: How much a token counts for the number of patches it stands for, at least 0, see `Collapsed`.
 
     Returns:
         The same object.
@@ -101,6 +103,7 @@ def collapse(
     if is_vlm(model):
         if remainder != "none":
             raise CollapseError(f"remainder must be none for a vision-language model, got {remainder!r}")
+        check_area_bias(area_bias, "a vision-language model has no tokens that stand for several patches")
         return collapse_vlm(model, orderer, keep, positions, mean, std)
     if positions != "keep":
         raise CollapseError(f"positions must be 'keep' for other than a vision-language model, got {positions!r}")
@@ -116,8 +119,9 @@ def collapse(
     check_channels(orderer, channels)
     check_remainder(remainder, cls.why_no_remainder(model))
     check_share(coarse_share)
+    check_area_bias(area_bias, cls.why_no_area_bias(model))
     model.__class__ = cls
-    model.set_up(orderer, keep, remainder, coarse_share, normalisation)
+    model.set_up(orderer, keep, remainder, coarse_share, area_bias, normalisation)
     cfg = {} if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
     if "architecture" in cfg and "orderer" not in getattr(model, "_model_args", {}):  # of timm, not yet a `cvit`
         own = {"architecture": "cvit", "mean": normalisation.mean, "std": normalisation.std}
@@ -125,7 +129,9 @@ def collapse(
         update_model_args(model, base=cfg["architecture"], keep=keep, orderer="")
     if "orderer" in getattr(model, "_model_args", {}):  # a `cvit`: what save_for_hf writes
         reference = given if isinstance(given, str) else orderer.baseline_name or f"./{ORDERER_FOLDER}"
-        update_model_args(model, orderer=reference, remainder=remainder, coarse_share=coarse_share)
+        update_model_args(
+            model, orderer=reference, remainder=remainder, coarse_share=coarse_share, area_bias=model.area_bias
+        )
     return model
 
 

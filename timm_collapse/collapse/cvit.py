@@ -81,6 +81,7 @@ def _cvit(
     keep: float | int = 0.22,
     remainder: str = "none",
     coarse_share: float = 0.5,
+    area_bias: float = 0.0,
     **shape: Any,
 ) -> nn.Module:
     """Build the base architecture (weights included, where asked for) and collapse it.
@@ -90,10 +91,11 @@ def _cvit(
         pretrained: Load weights.
         kwargs: The caller's arguments: those of `collapse` and of the base architecture.
         base: The timm architecture; empty takes that of BASES.
-        orderer, keep, remainder, coarse_share: Defaults of `collapse`'s arguments.
+        orderer, keep, remainder, coarse_share, area_bias: Defaults of `collapse`'s arguments.
         shape: Defaults of the base's arguments.
     """
-    options = {"orderer": orderer, "keep": keep, "remainder": remainder, "coarse_share": coarse_share}
+    options = {"orderer": orderer, "keep": keep, "remainder": remainder}
+    options |= {"coarse_share": coarse_share, "area_bias": area_bias}
     options = {key: kwargs.pop(key, value) for key, value in options.items()}
     cfg = take_pretrained_cfg(name, kwargs)
     source = local_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else cfg

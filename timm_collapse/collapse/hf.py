@@ -6,18 +6,22 @@ tokens of the others after the position embedding. `transformers` is never impor
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 from torch import Tensor, nn
 
 from ..order import CollapseError, Order
 from ..order.errors import describe
-from .base import Collapsed
+from .base import Collapsed, check_area_bias
 from .classes import Remade, collapsed_class, set_forward, take_name
 from .selection import embed_kept, image_size, spread_kept
 
 TRUNKS = ("vit", "dinov2", "dinov2_with_registers", "vision_model", "perceiver")
 """Attributes under which a model with a head holds the model that embeds the patches."""
+
+MASKED_KERNELS = ("sdpa", "eager")
+"""Implementations of attention that take what is added to the logits."""
 
 
 class Part(Remade):
@@ -58,12 +62,33 @@ class SparseConv(Part):
         return spread_kept(embed_kept(self, x, selection), selection).mT.unflatten(2, selection.grid)
 
 
+class BiasedLayer(Part):
+    """A layer of the encoder that gets the area bias as its attention mask.
+
+    In `__call__`, so that it is an argument of what gradient checkpointing runs again.
+    """
+
+    def __call__(self, *args, **kwargs):
+        bias = getattr(self.carrier.selection, "key_bias", None)
+        if bias is None:
+            return super().__call__(*args, **kwargs)
+        return super().__call__(*args[:1], **{**kwargs, "attention_mask": bias})  # all others were refused
+
+
+class BiasedPool(Part):
+    """SigLIP's pooling by attention, with the area bias."""
+
+    def forward(self, *args, **kwargs):
+        bias = getattr(self.carrier.selection, "key_bias", None)
+        return super().forward(*args, **kwargs if bias is None else {**kwargs, "attn_mask": bias[0, 0]})
+
+
 class CollapsedHf(Collapsed):
     """ViT, SigLIP and CLIP: absolute positions of one image size, other sizes with `interpolate_pos_encoding=True`.
 
     Outputs are the plain model's with fewer tokens: `last_hidden_state`, `hidden_states` and `attentions` are of the
     leading tokens, the kept patches in the order of their positions, and the remainder's tokens. Heads that average
-    the patches average those. Parts of the model that are called on their own see all patches.
+    the patches average those, whatever their areas. Parts of the model that are called on their own see all patches.
     """
 
     any_size = False
@@ -82,6 +107,22 @@ class CollapsedHf(Collapsed):
         self._attach_part(KeepTokens, embeddings)
         if isinstance(conv, Part) or type(conv) is nn.Conv2d:
             self._attach_part(SparseConv, conv)
+        for layer in encoder_layers(self):
+            self._attach_part(BiasedLayer, layer)
+        if (pool := getattr(getattr(trunk(self), "head", None), "attention", None)) is not None:
+            self._attach_part(BiasedPool, pool)
+
+    @classmethod
+    def why_no_area_bias(cls, model: nn.Module) -> str:
+        if why := super().why_no_area_bias(model) or why_no_bias_in_kernel(model):
+            return why
+        layers = encoder_layers(model)
+        known = layers and all("attention_mask" in inspect.signature(layer.forward).parameters for layer in layers)
+        return "" if known else "this version of transformers gives its layers no attention mask"
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self._embeddings().num_prefix_tokens
 
     def _attach_part(self, part: type[Part], module: nn.Module) -> None:
         module.carrier = self.carrier
@@ -170,6 +211,8 @@ class CollapsedHf(Collapsed):
                         f"{name} must be None while patches are dropped (keep={self.keep}): it is laid out for all "
                         f"patches, got {describe(value)}"
                     )
+            if selection.key_bias is not None:
+                check_area_bias(self.area_bias, why_no_bias_in_kernel(self))  # it may be another since
         return self.carrier.run(selection, super().forward, *args, **kwargs)
 
 
@@ -188,6 +231,18 @@ class CollapsedDinov3(CollapsedDinov2):
 
     def _patch_positions(self, grid: tuple[int, int]) -> None:
         return None
+
+
+def encoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The transformer layers of a supported model."""
+    return [module for module in trunk(model).modules() if type(module).__name__.endswith("Layer")]
+
+
+def why_no_bias_in_kernel(model: nn.Module) -> str:
+    """Why a model's implementation of attention takes nothing that is added to its logits; empty where it does."""
+    kernel = model.config._attn_implementation
+    known = kernel in MASKED_KERNELS
+    return "" if known else f"its attn_implementation is {kernel}, not {' or '.join(MASKED_KERNELS)}"
 
 
 def trunk(model: nn.Module) -> nn.Module:

@@ -32,6 +32,8 @@ class CollapsedPerceiver(CollapsedHf):
     def _attach(self) -> None:
         self._attach_part(KeepInputs, self._preprocessor())
 
+    num_prefix_tokens = 0
+
     def why_no_remainder(self) -> str:
         return "a Perceiver joins positions to its tokens, and one that stands for several pixels has none"
 

@@ -52,6 +52,12 @@ def plan_splits(budget: int, shapes: Sequence[tuple[int, int]]) -> list[int]:
     return splits
 
 
+def count_leaves(shapes: Sequence[tuple[int, int]], splits: Sequence[int]) -> list[int]:
+    """How many cells of each level are tokens, finest first."""
+    candidates = [*(4 * split for split in splits), _size(shapes[-1])]
+    return [candidate - split for candidate, split in zip(candidates, [0, *splits])]
+
+
 def choose_leaves(order: Order, shapes: Sequence[tuple[int, int]], splits: Sequence[int]) -> list[Tensor]:
     """The cells of each level that are tokens; together they cover each patch once.
 

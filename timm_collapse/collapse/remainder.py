@@ -16,7 +16,7 @@ from ..models.transformer import gather_tokens
 from ..order import Order
 from ..order.constants import constant
 from .cells import cell_centres, cell_of_patches, coarse_grid, mean_of_cells
-from .pyramid import choose_leaves, cover_of_leaves, plan_splits, pyramid_shapes
+from .pyramid import choose_leaves, count_leaves, cover_of_leaves, plan_splits, pyramid_shapes
 from .selection import Selection
 
 REMAINDERS = ("none", "fused", "coarse", "mixed")
@@ -37,10 +37,15 @@ class Plan:
 
     Attributes:
         places: So many first places of the order decide; 0: no order is needed.
+        num_kept: So many patches are kept.
+        sizes: (tokens, patches that each stands for), of the extra tokens behind them in turn.
     """
 
+    sizes: tuple[tuple[int, float], ...] = ()
+
     def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int]):
-        self.places, self.grid, self.patch_size = budget, grid, patch_size
+        self.places = self.num_kept = budget
+        self.grid, self.patch_size = grid, patch_size
 
     def select(self, order: Order | None, images: Tensor, embed: Embed, positions: Positions) -> Selection:
         """What a batch of images becomes.
@@ -55,6 +60,17 @@ class Plan:
             return Selection(torch.empty(images.shape[0], 0, dtype=torch.long, device=images.device), self.grid)
         return Selection(order.first(self.places), self.grid)
 
+    def with_cells(self, first: Selection, tokens: Tensor, cells: tuple[int, int]) -> Selection:
+        """A selection whose extra tokens are the cells of a coarse grid."""
+        device = first.kept.device
+        places = constant(cell_centres, first.grid, cells, device=device)
+        cover = partial(constant, cell_of_patches, first.grid, cells, device=device)
+        return first._replace(extra=tokens, places=places, cover=cover, areas=self.areas(device))
+
+    def areas(self, device: torch.device) -> Tensor | None:
+        """(1, r): how many patches each extra token stands for; None: there are none."""
+        return constant(areas_of, self.sizes, device=device) if self.sizes else None
+
 
 class Fused(Plan):
     """One token is the mean of the dropped patches' embeddings."""
@@ -62,7 +78,9 @@ class Fused(Plan):
     def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int]):
         super().__init__(budget, grid, patch_size)
         self.fuses = budget > 1
-        self.places -= self.fuses
+        if self.fuses:
+            self.places = self.num_kept = budget - 1
+            self.sizes = ((1, grid[0] * grid[1] - self.num_kept),)
 
     def select(self, order: Order | None, images: Tensor, embed: Embed, positions: Positions) -> Selection:
         first = super().select(order, images, embed, positions)
@@ -72,7 +90,7 @@ class Fused(Plan):
         if (added := positions()) is not None:
             weights = dropped_weights(first.kept, self.grid[0] * self.grid[1], tokens.dtype).unsqueeze(1)
             tokens = tokens + weights @ added.to(tokens.dtype)
-        return with_cells(first, tokens, (1, 1))
+        return self.with_cells(first, tokens, (1, 1))
 
 
 class Coarse(Plan):
@@ -82,14 +100,16 @@ class Coarse(Plan):
         super().__init__(budget, grid, patch_size)
         self.cells = coarse_grid(int(budget * share + 1e-6), grid)
         if self.cells is not None:
-            self.places = 0 if share == 1 else budget - self.cells[0] * self.cells[1]
+            count = self.cells[0] * self.cells[1]
+            self.places = self.num_kept = 0 if share == 1 else budget - count
+            self.sizes = ((count, grid[0] * grid[1] / count),)
 
     def select(self, order: Order | None, images: Tensor, embed: Embed, positions: Positions) -> Selection:
         first = super().select(order, images, embed, positions)
         if self.cells is None:
             return first
         tokens = coarse_tokens(images, self.grid, self.cells, self.patch_size, embed, positions())
-        return with_cells(first, tokens, self.cells)
+        return self.with_cells(first, tokens, self.cells)
 
 
 class Mixed(Plan):
@@ -99,6 +119,9 @@ class Mixed(Plan):
         super().__init__(budget, grid, patch_size)
         self.shapes = pyramid_shapes(budget, grid, share)
         self.splits = plan_splits(budget, self.shapes)
+        counts = count_leaves(self.shapes, self.splits)
+        self.num_kept = counts[0]
+        self.sizes = tuple((count, 4**level) for level, count in enumerate(counts) if level)
         self.places = grid[0] * grid[1] if self.splits[-1] else 0  # cells go by the mean rank of all their patches
 
     def select(self, order: Order | None, images: Tensor, embed: Embed, positions: Positions) -> Selection:
@@ -112,7 +135,7 @@ class Mixed(Plan):
             extra.append(gather_tokens(tokens, leaf))
             places.append(constant(cell_centres, self.grid, shape, device=images.device)[0][leaf])
         cover = partial(cover_of_leaves, leaves, self.shapes)
-        return Selection(kept, self.grid, torch.cat(extra, 1), torch.cat(places, 1), cover)
+        return Selection(kept, self.grid, torch.cat(extra, 1), torch.cat(places, 1), cover, self.areas(images.device))
 
 
 def plan_remainder(
@@ -141,12 +164,9 @@ def coarse_tokens(
     return tokens if positions is None else tokens + mean_of_cells(positions.to(tokens.dtype), grid, cells)
 
 
-def with_cells(first: Selection, tokens: Tensor, cells: tuple[int, int]) -> Selection:
-    """A selection whose extra tokens are the cells of a coarse grid."""
-    device = first.kept.device
-    places = constant(cell_centres, first.grid, cells, device=device)
-    cover = partial(constant, cell_of_patches, first.grid, cells, device=device)
-    return first._replace(extra=tokens, places=places, cover=cover)
+def areas_of(sizes: tuple[tuple[int, float], ...]) -> Tensor:
+    """(1, r) of (tokens, patches that each stands for)."""
+    return torch.cat([torch.full((1, count), float(area)) for count, area in sizes], 1)
 
 
 def mean_dropped_patch(images: Tensor, kept: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:

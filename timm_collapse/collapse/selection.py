@@ -33,6 +33,10 @@ class Selection(NamedTuple):
     """Gives (1 or B, N) long, the extra token that stands for each patch, where it is dropped."""
     cell: int = 1
     """Patches on a side of the cells that are kept whole, each with its patches row by row; 1: single patches are."""
+    areas: Tensor | None = None
+    """(1, r) float32: how many patches each extra token stands for."""
+    key_bias: Tensor | None = None
+    """(1, 1, 1, prefix + k + r): added to the attention logits of each token as a key; None: nothing is."""
 
     def apply(self, x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
         """(B, prefix + N, D) -> (B, prefix + k + r, D)."""
@@ -43,11 +47,25 @@ class Selection(NamedTuple):
         """(B, prefix + k, D) -> (B, prefix + k + r, D)."""
         return x if self.extra is None else torch.cat([x, self.extra.to(x.dtype)], 1)
 
+    def biased(self, area_bias: float, num_prefix_tokens: int) -> Selection:
+        """The same with a bias on attention, see `Collapsed.area_bias`; there are `areas`."""
+        bias = area_key_bias(self.areas, area_bias, num_prefix_tokens + self.kept.shape[1])
+        return self._replace(key_bias=bias.to(self.extra.dtype))
+
     def positions(self) -> Tensor:
         """(B, k + r) long: the patch whose rotary position each token has."""
         if self.places is None:
             return self.kept
         return torch.cat([self.kept, self.places.expand(self.kept.shape[0], -1)], 1)
+
+
+def area_key_bias(areas: Tensor, area_bias: float, ahead: int) -> Tensor:
+    """(1, 1, 1, ahead + r): area_bias log(area) of each extra token (1, r), and 0 for the tokens ahead of them.
+
+    With an `area_bias` of 1, attention is what it would be over as many copies of the token: ToMe's
+    proportional attention (arXiv 2210.09461).
+    """
+    return nn.functional.pad(area_bias * areas.log(), (ahead, 0))[:, None, None]
 
 
 class Carrier(threading.local):
@@ -64,8 +82,8 @@ class Carrier(threading.local):
     A model and its parts share one; a copy of the model has its own.
 
     Attributes:
-        selection: That of this thread's forward pass (in Beit's attention: the index of its tokens); None outside of
-            one, and where all patches are kept.
+        selection: That of this thread's forward pass (in Beit's attention: the index of its tokens, in pooling by
+            attention: the bias of its keys); None outside of one, and where all patches are kept.
     """
 
     selection: Selection | Tensor | None

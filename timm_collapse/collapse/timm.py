@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import AttentionPoolLatent, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ..models.transformer import gather_tokens, scatter_tokens
-from ..order import CollapseError, Order
+from ..order import CollapseError, Order, resolve_keep
 from ..order.errors import describe
-from .base import Collapsed
-from .selection import KeepPatches, Selection, image_size, sparse_patch_embed, spread_kept
+from .base import Collapsed, check_area_bias
+from .selection import Carrier, KeepPatches, Selection, area_key_bias, image_size, sparse_patch_embed, spread_kept
+
+
+class AreaPool(AttentionPoolLatent):
+    """timm's pooling by attention, with the bias of the keys that its carrier holds; made by swapping the class."""
+
+    carrier: Carrier
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        bias = self.carrier.selection
+        return super().forward(x, attn_mask if bias is None else bias[..., -x.shape[1] :].to(x.dtype))
 
 
 class CollapsedTimm(Collapsed):
-    """What the timm families share: `forward_features`, `forward_intermediates` and a patch embedding."""
+    """What the timm families share: `forward_features`, `forward_intermediates`, `forward_head` and a patch embedding.
+
+    Where there is an area bias, ViT's blocks are not recomputed by gradient checkpointing: timm does not while it has
+    a mask.
+    """
 
     _before_norm = ("indices", "return_prefix_tokens")  # arguments of forward_intermediates between images and `norm`
+    _takes_mask = True  # whether forward_features and forward_intermediates have `attn_mask`
+
+    def _attach(self) -> None:
+        if isinstance(pool := getattr(self, "attn_pool", None), AttentionPoolLatent):
+            pool.__class__, pool.carrier = AreaPool, Carrier()
+
+    @classmethod
+    def why_no_area_bias(cls, model: nn.Module) -> str:
+        if why := super().why_no_area_bias(model) or why_no_area_pool(model):
+            return why
+        blocks = [type(block).__name__ for block in model.blocks if not takes_mask(block)] if cls._takes_mask else []
+        return f"its {blocks[0]} takes no attention mask" if blocks else ""
 
     def image_grid(self, images: Tensor) -> tuple[int, int]:
         if not isinstance(images, Tensor) or images.ndim != 4:
@@ -60,7 +87,11 @@ class CollapsedTimm(Collapsed):
 
     def forward(self, x: Tensor, *args, order: Order | None = None, **kwargs) -> Tensor:
         """As the plain model's; `order` takes the place of the orderer's."""
-        return self.forward_head(self.forward_features(x, *args, order=order, **kwargs))
+        selection = self.select(x, order)
+        features = self._features(selection, x, *args, **kwargs)
+        if selection is None:
+            return super().forward_head(features)
+        return self.carrier.run(selection, self.forward_head, features)
 
     def forward_features(self, x: Tensor, *args, order: Order | None = None, **kwargs) -> Tensor:
         """Tokens (B, prefix + k + r, D): the kept patches in the order of their positions, then the remainder's.
@@ -69,10 +100,19 @@ class CollapsedTimm(Collapsed):
             CollapseError: An order of another batch or grid, images of another size, or, while patches are dropped,
                 `attn_mask` or `is_causal`.
         """
-        selection = self.select(x, order)
+        return self._features(self.select(x, order), x, *args, **kwargs)
+
+    def _features(self, selection: Selection | None, x: Tensor, *args, **kwargs) -> Tensor:
         if selection is not None:
             self._refuse_masks(args, kwargs)
+            args, kwargs = (), self._with_bias(selection, kwargs)
         return self.carrier.run(selection, super().forward_features, x, *args, **kwargs)
+
+    def _with_bias(self, selection: Selection, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the plain methods: all masks were refused, and the area bias is one."""
+        if selection.key_bias is None or not self._takes_mask:
+            return kwargs
+        return {**kwargs, "attn_mask": selection.key_bias}
 
     def forward_intermediates(
         self,
@@ -102,6 +142,7 @@ class CollapsedTimm(Collapsed):
             raise CollapseError("output_dict must be False while patches are dropped, got True")
         if output_fmt not in ("NCHW", "NLC"):
             raise CollapseError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        kwargs = self._with_bias(selection, kwargs)
         result = self.carrier.run(selection, plain, x, *which, norm, stop_early, "NLC", intermediates_only, **kwargs)
 
         def dense(entry):
@@ -113,6 +154,49 @@ class CollapsedTimm(Collapsed):
         if intermediates_only:
             return [dense(entry) for entry in result]
         return result[0], [dense(entry) for entry in result[1]]
+
+    def forward_head(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """As the plain model's; with an area bias, pooled tokens count for the patches they stand for.
+
+        In a mean, a token's weight is its area to the power of `area_bias`, which is attention with equal logits.
+
+        Raises:
+            CollapseError: The tokens' grid is not known: called by itself, with an area bias, on a model of images of
+                any size.
+        """
+        head, areas = super().forward_head, self._areas_in_head(x)
+        if areas is None:
+            return head(x, *args, **kwargs)
+        if getattr(self, "attn_pool", None) is not None:
+            bias = area_key_bias(areas, self.area_bias, x.shape[1] - areas.shape[1])
+            return self.attn_pool.carrier.run(bias, head, x, *args, **kwargs)
+        weights = nn.functional.pad(areas**self.area_bias, (x.shape[1] - areas.shape[1], 0), value=1.0)
+        counted = weights if getattr(self, "pool_include_prefix", False) else weights[:, self.num_prefix_tokens :]
+        return head(x * (weights / counted.mean(1, keepdim=True)).unsqueeze(-1).to(x.dtype), *args, **kwargs)
+
+    def _areas_in_head(self, x: Tensor) -> Tensor | None:
+        """(1, r): the areas of the last tokens of x, where the head pools tokens by area."""
+        if self.area_bias == 0:
+            return None
+        check_area_bias(self.area_bias, why_no_area_pool(self))  # the head may be another since it was set
+        if self.global_pool != "avg" and getattr(self, "attn_pool", None) is None:
+            return None
+        if (selection := self.carrier.selection) is not None:
+            return selection.areas
+        if self.keep == 1 or self.remainder == "none":
+            return None
+        if not hasattr(self, "patch_embed") or getattr(self, "dynamic_img_size", False):
+            raise CollapseError(
+                f"area_bias must be 0 where forward_head is called by itself, got {self.area_bias}: it cannot know the "
+                "grid of images of any size; call the model"
+            )
+        grid = tuple(self.patch_embed.grid_size)
+        if (budget := resolve_keep(self.keep, grid[0] * grid[1])) == grid[0] * grid[1]:
+            return None
+        plan = self.plan(budget, grid)
+        areas = plan.areas(x.device)
+        fits = areas is not None and x.shape[1] == self.num_prefix_tokens + plan.num_kept + areas.shape[1]
+        return areas if fits else None  # others are of a forward pass with all patches
 
     def _refuse_masks(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Attention masks have no meaning while patches are dropped."""
@@ -135,6 +219,7 @@ class CollapsedVit(CollapsedTimm):
     """
 
     def _attach(self) -> None:
+        super()._attach()
         if sparse_patch_embed(self.patch_embed, self.carrier, compact=True):
             self.patch_drop = nn.Identity()
         else:
@@ -159,8 +244,23 @@ class CollapsedEva(CollapsedTimm):
     """`Eva`: as ViT; its rotary embedding follows the positions that `patch_drop` returns."""
 
     def _attach(self) -> None:
+        super()._attach()
         sparse_patch_embed(self.patch_embed, self.carrier)
         self.patch_drop = KeepPatches(self.carrier, self.num_prefix_tokens, with_positions=True)
+
+
+def why_no_area_pool(model: nn.Module) -> str:
+    """Why a model's head cannot count tokens by their areas; empty where it can, or pools none."""
+    pool = getattr(model, "attn_pool", None)
+    if model.global_pool == "avgmax" or type(pool) not in (type(None), AttentionPoolLatent, AreaPool):
+        return f"its pooling, {model.global_pool}, cannot count tokens by their areas"
+    return ""
+
+
+def takes_mask(block: nn.Module) -> bool:
+    """Whether a block, and the attention in it, have an argument `attn_mask`."""
+    modules = [block, *(m for name, m in block.named_children() if name == "attn")]
+    return all("attn_mask" in inspect.signature(module.forward).parameters for module in modules)
 
 
 def to_grid(tokens: Tensor, selection: Selection) -> Tensor:

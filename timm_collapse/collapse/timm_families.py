@@ -37,9 +37,6 @@ def keep_after(dropout: nn.Dropout, carrier: Carrier, num_prefix_tokens: int) ->
 class CollapsedNaFlex(CollapsedTimm):
     """`NaFlexVit`, on batches of images (B, C, H, W) while patches are dropped; all patches are embedded."""
 
-    def _attach(self) -> None:
-        pass  # `_forward_embeds` does it
-
     def image_grid(self, x: Tensor) -> tuple[int, int]:
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise CollapseError(
@@ -85,8 +82,8 @@ class CollapsedNaFlex(CollapsedTimm):
         patchified = isinstance(x, dict) or patch_coord is not None
         if order is None and (patchified or self.keep == 1.0):
             return super(Collapsed, self).forward(x, patch_coord, patch_valid, attn_mask)  # timm's own
-        features = self.forward_features(x, patch_coord, patch_valid, attn_mask, order=order)
-        return self.forward_head(features)
+        self._refuse_patchified(x, patch_coord, patch_valid, order)
+        return super().forward(x, order=order, patch_coord=patch_coord, patch_valid=patch_valid, attn_mask=attn_mask)
 
     def forward_features(
         self, patches, patch_coord=None, patch_valid=None, attn_mask=None, *, order: Order | None = None
@@ -135,6 +132,10 @@ class CollapsedCait(CollapsedTimm):
 
     _before_norm = ("indices",)
 
+    @classmethod
+    def why_no_area_bias(cls, model: nn.Module) -> str:
+        return "its talking heads mix the logits of attention, and take no mask"
+
     def _attach(self) -> None:
         sparse_patch_embed(self.patch_embed, self.carrier)
         keep_after(self.pos_drop, self.carrier, 0)
@@ -174,7 +175,7 @@ class KeptBias(NamedTuple):
     index: Tensor
     """(B, n) long: the row of each token in the bias of the whole grid; 0 is the class token."""
     shared: Tensor | None
-    """(B, heads, n, n), or None."""
+    """What is added to the logits of all blocks, broadcast to (B, heads, n, n); None: nothing is."""
 
 
 def pair_bias(table: Tensor, pairs: Tensor, index: Tensor) -> Tensor:
@@ -218,8 +219,9 @@ class KeptSharedBias(RelativePositionBias):
         selection = self.carrier.selection
         if selection is None:
             return super().forward()
-        index = kept_index(selection)
-        return KeptBias(index, pair_bias(self.relative_position_bias_table, self.relative_position_index, index))
+        index, areas = kept_index(selection), selection.key_bias
+        pairs = pair_bias(self.relative_position_bias_table, self.relative_position_index, index)
+        return KeptBias(index, pairs if areas is None else pairs + areas)
 
 
 class NoSharedBias(nn.Module):
@@ -231,7 +233,7 @@ class NoSharedBias(nn.Module):
 
     def forward(self) -> KeptBias | None:
         selection = self.carrier.selection
-        return None if selection is None else KeptBias(kept_index(selection), None)
+        return None if selection is None else KeptBias(kept_index(selection), selection.key_bias)
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
         pass  # there is no table to resize
@@ -247,6 +249,8 @@ class CollapsedBeit(CollapsedTimm):
 
     A token of the remainder has the relative position of the patch at the centre of what it stands for.
     """
+
+    _takes_mask = False  # the area bias is added to the relative position bias
 
     def _attach(self) -> None:
         sparse_patch_embed(self.patch_embed, self.carrier)

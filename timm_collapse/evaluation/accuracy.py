@@ -41,8 +41,8 @@ def with_orderer(
     twin = copy.deepcopy(model, shared)
     collapsed = isinstance(model, Collapsed)
     remainder = remainder or (model.remainder if collapsed else "none")
-    share = {"coarse_share": model.coarse_share} if collapsed else {}
-    return collapse(twin, orderer, keep=1.0, remainder=remainder, mean=mean, std=std, **share)
+    settings = {"coarse_share": model.coarse_share, "area_bias": model.area_bias} if collapsed else {}
+    return collapse(twin, orderer, keep=1.0, remainder=remainder, mean=mean, std=std, **settings)
 
 
 class _Plain(nn.Module):
