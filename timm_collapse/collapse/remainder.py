@@ -135,7 +135,9 @@ class Mixed(Plan):
             extra.append(gather_tokens(tokens, leaf))
             places.append(constant(cell_centres, self.grid, shape, device=images.device)[0][leaf])
         cover = partial(cover_of_leaves, leaves, self.shapes)
-        return Selection(kept, self.grid, torch.cat(extra, 1), torch.cat(places, 1), cover, self.areas(images.device))
+        return Selection(
+            kept, self.grid, torch.cat(extra, 1), torch.cat(places, 1), cover, areas=self.areas(images.device)
+        )
 
 
 def plan_remainder(

@@ -101,6 +101,10 @@ class CollapsedNaFlex(CollapsedTimm):
             x, *args, order=order, patch_coord=patch_coord, patch_valid=patch_valid, **kwargs
         )
 
+    def forward_head(self, patches: Tensor, *args, **kwargs) -> Tensor:
+        """As `CollapsedTimm`'s."""
+        return super().forward_head(patches, *args, **kwargs)
+
     def _refuse_patchified(self, x, patch_coord, patch_valid, order: Order | None) -> None:
         if order is None and self.keep == 1.0:
             return
