@@ -348,7 +348,7 @@ def tasks(part: str, size: Size, gpu: bool) -> list[Task]:
         least = 10.0 if size.backend == "inductor" else 0.0
         chosen = [(name, variant, mode) for name in size.models for mode in size.modes
                   for variant in ("collapsed", PLAIN)]  # fmt: skip
-        return [Task(", ".join(each), partial(compiled, *each, size), 0.6, least) for each in chosen]
+        return [Task(", ".join(each), partial(compiled, *each, size), 0.7, least) for each in chosen]
     if part == "mar":
         return [Task("generation", partial(mar, size))]
     return [Task("long sequences", partial(long, size))]
