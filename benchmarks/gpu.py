@@ -36,7 +36,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from gpu_parts import TINY, Size, about, tasks
+from gpu_models import TINY, Size, about
+from gpu_parts import tasks
 from gpu_report import section
 from gpu_runner import GRACE, Box, Record, Task, run_part
 from gpu_train import train

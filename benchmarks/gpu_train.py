@@ -16,7 +16,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from gpu_parts import Size, device
+from gpu_models import Size, device
 from gpu_runner import Bench, Box
 from PIL import Image, ImageOps
 from timm.data import Mixup
