@@ -49,7 +49,7 @@ class Ranker(nn.Module):
         depth: int = 4,
         static_depth: int = 0,
         rank: int = 32,
-        phases: tuple[float, ...] = (0.0, 0.06, 0.16, 0.3, 0.5),
+        phases: tuple[float, ...] = (0.0, 0.03, 0.08, 0.16, 0.26, 0.38, 0.52, 0.7),
         cell: int = 1,
         rounds: int = 2,
     ):
