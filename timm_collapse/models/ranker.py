@@ -15,6 +15,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..order import CollapseError, check_images, condition, expected_errors, parallel_order, single_errors
+from ..order.precision import without_autocast
 from .registry import build, pixel_cfg
 from .tokenizer import patchify, resize_images
 from .transformer import PlainTransformer, Transformer, border_distances, init_weights
@@ -116,12 +117,14 @@ class Ranker(nn.Module):
         if visible is not None:
             told = visible.view(-1, h, c, w, c).transpose(2, 3).to(x.dtype, memory_format=torch.contiguous_format)
             x = x + told.view(-1, h * w, c * c) @ self.visible_token[0].to(x.dtype)
-        x = self.trunk.norm(self.trunk.run(x, self.grid, start=self.static_depth))
-        if c == 1:
-            loadings, noise = self.loadings(x).float(), self.log_noise(x).squeeze(-1).float()
-        else:
-            found = rearrange(self.head(x), "b (h w) (p q r) -> b (h p w q) r", h=h, p=c, q=c).float()
-            loadings, noise = found[..., :-1], found[..., -1]
+        x = self.trunk.run(x, self.grid, start=self.static_depth)
+        with without_autocast(x):  # the order hangs on small differences of what comes out
+            x = self.trunk.norm(x.to(self.trunk.norm.weight.dtype))
+            if c == 1:
+                loadings, noise = self.loadings(x).float(), self.log_noise(x).squeeze(-1).float()
+            else:
+                found = rearrange(self.head(x), "b (h w) (p q r) -> b (h p w q) r", h=h, p=c, q=c).float()
+                loadings, noise = found[..., :-1], found[..., -1]
         noise = F.softplus(noise) + 1e-4
         if visible is not None:
             loadings = condition(loadings, noise, visible.unsqueeze(1)).squeeze(1)
