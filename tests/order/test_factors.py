@@ -95,23 +95,22 @@ def test_parallel_order_equals_a_slow_one_patch_after_the_other(model):
     shown = [2, 7]
     revealed = torch.zeros(3, 12, dtype=torch.bool)
     revealed[:, shown] = True
-    order, again = (parallel_order(g, d, revealed, rounds) for rounds in (1, 2))
+    orders = [parallel_order(g, d, revealed, rounds) for rounds in (1, 2, 3)]
     for b in range(3):
         c = covariance(g[b], d[b])
         gains = first_order_gains(c, shown)
         hidden = [j for j in range(12) if j not in shown]
         rho2 = (c - torch.diag(d[b].double())).square() / (c.diagonal() * c.diagonal().unsqueeze(1))
-        first = {
-            j: gains[j] * (1 - max([rho2[j, i] for i in hidden if gains[i] > gains[j]], default=0)) for j in hidden
-        }
-        scores = first
-        for found in (order, again):
+        scores = {j: float(gains[j]) for j in hidden}
+        for order in orders:
             shares = {}
             for j in sorted(hidden, key=scores.get, reverse=True):
                 shares[j] = 1 - sum(shares[i] * rho2[j, i] for i in shares)
-            scores = {j: gains[j] * max(float(shares[j]), 1e-4) for j in hidden}
-            assert found[b, :10].tolist() == sorted(hidden, key=scores.get, reverse=True)
-            assert sorted(found[b, 10:].tolist()) == shown
+            assert order[b, :10].tolist() == sorted(
+                hidden, key=lambda j: float(gains[j]) * max(float(shares[j]), 1e-4), reverse=True
+            )
+            assert sorted(order[b, 10:].tolist()) == shown
+            scores = {j: float(gains[j] * shares[j]) for j in hidden}
 
 
 def test_nothing_revealed_is_the_same_as_none(model):

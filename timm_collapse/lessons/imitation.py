@@ -17,7 +17,7 @@ class Imitation:
     """The errors that a trained ranker expects, before and after every single patch.
 
     No reconstructor is run and no error is noisy, so that a small ranker learns in a fraction of the time. The visible
-    sets are of the sizes at which the learner's phases start, a quarter more or less; early phases come more often.
+    sets are of the sizes at which the learner's phases start, a quarter more or less.
 
     Args:
         teacher: A ranker with the learner's grid; frozen here.
@@ -41,7 +41,7 @@ class Imitation:
         """
         b, n = images.shape[0], learner.num_patches
         phases = torch.tensor(learner.phases, device=images.device)
-        starts = phases[(random.rand(b).square() * len(phases)).long()] * n * (0.75 + 0.5 * random.rand(b))
+        starts = phases[(random.rand(b) * len(phases)).long()] * n * (0.75 + 0.5 * random.rand(b))
         scores = learner.rank(images, upto=max(1, int(starts.max()))) if own else random.rand(b, n)
         visible = scores.argsort(1, descending=True).argsort(1) < starts.round().unsqueeze(1)
         return visible, None, single_errors(*self.teacher.factors(self.teacher.static(images), visible))

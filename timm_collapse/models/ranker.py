@@ -52,7 +52,7 @@ class Ranker(nn.Module):
         rank: int = 32,
         phases: tuple[float, ...] = (0.0, 0.03, 0.08, 0.16, 0.26, 0.38, 0.52, 0.7),
         cell: int = 1,
-        rounds: int = 2,
+        rounds: int = 3,
     ):
         super().__init__()
         check_phases(phases)
@@ -116,7 +116,8 @@ class Ranker(nn.Module):
         h, w = (side // c for side in self.grid)
         if visible is not None:
             told = visible.view(-1, h, c, w, c).transpose(2, 3).to(x.dtype, memory_format=torch.contiguous_format)
-            x = x + told.view(-1, h * w, c * c) @ self.visible_token[0].to(x.dtype)
+            with without_autocast(x):
+                x = torch.addmm(x.flatten(0, 1), told.view(-1, c * c), self.visible_token[0].to(x.dtype)).view_as(x)
         x = self.trunk.run(x, self.grid, start=self.static_depth)
         with without_autocast(x):  # the order hangs on small differences of what comes out
             x = self.trunk.norm(x.to(self.trunk.norm.weight.dtype))
@@ -185,12 +186,13 @@ class Ranker(nn.Module):
             if min(stop, upto) <= start:  # a small grid, or beyond `upto`
                 continue
             if picks:
+                before = torch.cat(picks, 1) if len(picks) > 1 else picks[0]
                 # not True: jit.trace knows no bool there
-                visible = torch.zeros(shape, dtype=torch.bool, device=images.device).scatter(1, torch.cat(picks, 1), 1)
+                visible = torch.zeros(shape, dtype=torch.bool, device=images.device).scatter(1, before, 1)
             order = parallel_order(*self.factors(static, visible), visible, self.rounds)
             picks.append(order[:, : min(stop, upto) - start])
             rest = order[:, min(stop, upto) - start : n - start]
-        scores = torch.arange(n, 0, -1, device=images.device, dtype=torch.float32) / n
+        scores = torch.linspace(1.0, 1.0 / n, n, device=images.device)
         scores = scores.expand(shape)
         return torch.empty_like(scores).scatter(1, torch.cat([*picks, rest], 1), scores)
 
@@ -263,7 +265,7 @@ def collapse_ranker_tiny_224(pretrained: bool = False, **kwargs) -> Ranker:
 @register_model
 def collapse_ranker_nano_224(pretrained: bool = False, **kwargs) -> Ranker:
     """For small ViTs: looks at 56 px, 3 blocks, the last one in each phase, two phases for the first 22%: .05 GMACs."""
-    defaults = {"img_size": 56, "patch_size": 4, "depth": 3, "static_depth": 2, "rank": 16, "cell": 2, "rounds": 1}
+    defaults = {"img_size": 56, "patch_size": 4, "depth": 3, "static_depth": 2, "rank": 16, "cell": 2, "rounds": 2}
     phases = (0.0, 0.07, 0.23, 0.42)
     return build(Ranker, "collapse_ranker_nano_224", pretrained, {**defaults, "phases": phases}, kwargs)
 

@@ -265,11 +265,16 @@ class Order:
         return Order._coarse_to_fine(values.flatten(1), grid, bayer)
 
 
+def stable_sort(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """Every row (B, N) sorted, and the places (B, N) long that its values had; equal values keep their order."""
+    if torch.onnx.is_in_onnx_export():
+        return values.sort(dim=1, descending=descending)  # becomes TopK, which is stable
+    return values.sort(dim=1, descending=descending, stable=True)
+
+
 def stable_argsort(values: Tensor, descending: bool = False) -> Tensor:
     """(B, N) long: argsort of every row; equal values keep their order."""
-    if torch.onnx.is_in_onnx_export():
-        return values.sort(dim=1, descending=descending).indices  # becomes TopK, which is stable
-    return values.argsort(dim=1, descending=descending, stable=True)
+    return stable_sort(values, descending)[1]
 
 
 def check_spread(spread: float) -> None:
