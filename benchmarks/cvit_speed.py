@@ -1,15 +1,18 @@
-"""Speed of collapsed ViTs, order included, beside the plain ViT and token merging at its cost and as published.
+"""Speed of collapsed ViTs, order included, beside the plain ViT, an order for nothing, and token merging.
 
-python benchmarks/cvit_speed.py --batch-sizes 1 8 16 64
+python benchmarks/cvit_speed.py --models vit_base_patch16_224 vit_small_patch16_224 vit_tiny_patch16_224
+python benchmarks/cvit_speed.py --busy 2 --name cvit_speed_busy  # beside two processes that use the CPU
 python benchmarks/cvit_speed.py --models vit_small_patch16_224 --keeps 0.22 0.5 --devices cuda --compile
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -18,13 +21,22 @@ from token_merging import TokenMerging, input_size, merging_for_macs
 from torch import nn
 
 import timm_collapse  # noqa: F401  (registers the models)
-from timm_collapse import CollapseError
+from timm_collapse import CollapseError, Order
 from timm_collapse.evaluation import count_macs, images_per_second, with_orderer
 from timm_collapse.evaluation.cost import autocast
 from timm_collapse.evaluation.report import RESULTS, markdown_table, write_section
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 PLAIN = "plain"
+SMALL = 384  # `cvit_*` of this width and below take the nano ranker
+
+
+class Variant(NamedTuple):
+    """What is timed: a model, the keep that it runs at if it has one, and whether its order is made beforehand."""
+
+    model: nn.Module
+    keep: float | None = None
+    given: bool = False
 
 
 def parse() -> argparse.Namespace:
@@ -32,7 +44,7 @@ def parse() -> argparse.Namespace:
     gpu = ["cuda"] if torch.cuda.is_available() else []
     parser.add_argument("--models", nargs="+", default=["vit_base_patch16_224"], help="timm names, random weights")
     parser.add_argument("--model-args", nargs="*", default=[], metavar="NAME=INT", help="for smaller models: depth=2")
-    parser.add_argument("--orderer", default="collapse_ranker_tiny_224")
+    parser.add_argument("--orderer", default="", help="default: that of the cvit_* of the model's size")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.22])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 16, 64])
     parser.add_argument("--devices", nargs="+", default=[*gpu, "cpu"])
@@ -40,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--published-r", type=int, default=16, help="merges in each block, as published for ViT-B/16")
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each, in turn; the median counts")
     parser.add_argument("--compile", action="store_true", help="torch.compile every variant")
+    parser.add_argument("--busy", type=int, default=0, help="processes that multiply matrices all the while")
     parser.add_argument("--name", default="cvit_speed", help="section of the results page and name of the JSON file")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the page (default: %(default)s)")
     return parser.parse_args()
@@ -48,15 +61,22 @@ def parse() -> argparse.Namespace:
 @torch.no_grad()
 def main() -> None:
     args = parse()
+    with busy(args.busy):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     tables, data = [], {}
     for name in args.models:
         options = {key: int(value) for key, value in (each.split("=") for each in args.model_args)}
         torch.manual_seed(0)
         plain = timm.create_model(name, **options).eval()
+        size = "nano" if plain.num_features <= SMALL else "tiny"
+        orderer = args.orderer or f"collapse_ranker_{size}_224"
         for keep in args.keeps:
             if not 0 < keep < 1:
                 raise CollapseError(f"keeps must be in (0, 1), as 1.0 is measured anyway, got {keep}")
-            variants, macs = make_variants(plain, args.orderer, keep, args.published_r)
+            variants, macs = make_variants(plain, orderer, keep, args.published_r)
             speeds = {}
             for device in args.devices:
                 for precision in args.precisions:
@@ -66,90 +86,114 @@ def main() -> None:
                     }
                     speeds[f"{device} {precision}"] = found
                     heading = f"{name}, keep {keep:g}, {device} {precision}{', compiled' if args.compile else ''}"
-                    tables.append(f"**{heading}**\n\n{markdown_table(make_rows(macs, found))}")
+                    tables.append(f"**{heading}**, orderer {orderer}\n\n{markdown_table(make_rows(macs, found, keep))}")
                     print(tables[-1], end="\n\n", flush=True)
             data[f"{name} {keep:g}"] = {"macs": macs, "images_per_second": speeds}
+    beside = f", beside {args.busy} processes that multiply matrices all the while" if args.busy else ""
     text = (
         f"End to end, images a second (times the plain model's), by batch size; order included, pre-processing "
-        f"excluded. Orderer {args.orderer}; bf16 is autocast; median of {args.runs} runs in turn; "
-        f"{torch.get_num_threads()} CPU threads; random weights (the cost does not depend on them). Token merging is "
-        f"our own small implementation of ToMe; at equal MACs its merges are chosen so that it costs what the "
-        f"collapsed model costs, order included.\n\n" + "\n\n".join(tables)
+        f"excluded. bf16 is autocast; median of {args.runs} runs in turn; {torch.get_num_threads()} CPU threads"
+        f"{beside}; random weights (the cost does not depend on them). The share of the ideal is what the order leaves "
+        f"of the speed with an order that was made beforehand. Token merging is our own small implementation of ToMe; "
+        f"at equal MACs its merges are chosen so that it costs what the collapsed model costs, order included.\n\n"
+        + "\n\n".join(tables)
     )
-    write_section(args.name, "Speed of collapsed ViTs", text, {"batch_sizes": args.batch_sizes, **data}, args.results)
+    title = "Speed of collapsed ViTs" + (" on a busy machine" if args.busy else "")
+    write_section(args.name, title, text, {"batch_sizes": args.batch_sizes, **data}, args.results)
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes that use one core each, until the block ends."""
+    processes = [multiprocessing.get_context("spawn").Process(target=multiply, daemon=True) for _ in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def multiply() -> None:
+    torch.set_num_threads(1)
+    matrix = torch.randn(512, 512)
+    while True:
+        torch.mm(matrix, matrix)
 
 
 def make_variants(
     plain: nn.Module, orderer: str, keep: float, published_r: int
-) -> tuple[dict[str, tuple[nn.Module, float | None]], dict[str, float]]:
+) -> tuple[dict[str, Variant], dict[str, float]]:
     """What is compared, with shared weights.
 
     Returns:
-        Name -> (module, its keep or None), the plain model first; and name -> multiply-accumulates of an image.
+        Name -> variant, the plain model first; and name -> multiply-accumulates of an image.
     """
     collapsed = with_orderer(plain, orderer)
-    cheap = f"collapsed, keep {keep:g}"
-    variants: dict[str, tuple[nn.Module, float | None]] = {
-        PLAIN: (plain, None),
-        "collapsed, keep 1": (collapsed, 1.0),
-        cheap: (collapsed, keep),
+    cheap, given = (f"{kind}, keep {keep:g}" for kind in ("collapsed", "given order"))
+    variants = {
+        PLAIN: Variant(plain),
+        "collapsed, keep 1": Variant(collapsed, 1.0),
+        cheap: Variant(collapsed, keep),
+        given: Variant(collapsed, keep, given=True),
     }
     image = torch.randn(1, *input_size(plain))
-    macs = {name: count_macs(call(model, at, image)) for name, (model, at) in variants.items()}
+    macs = {name: count_macs(call(variant, image)) for name, variant in variants.items()}
     if isinstance(plain, VisionTransformer):
         published = TokenMerging(plain, published_r).eval()
-        merging = {f"token merging, r = {published_r}": (published, count_macs(call(published, None, image)))}
+        merging = {f"token merging, r = {published_r}": (published, count_macs(lambda: published(image)))}
         equal, count = merging_for_macs(plain, macs[cheap])
         near = "equal" if abs(count / macs[cheap] - 1) < 0.02 else "nearest"  # few merges left: none is equal
         span = f"{equal.r[-1]}" if equal.r[0] == equal.r[-1] else f"{equal.r[-1]} to {equal.r[0]}"
         merging[f"token merging, {near} MACs (r = {span})"] = equal, count
         for name, (model, count) in merging.items():
-            variants[name], macs[name] = (model, None), count
+            variants[name], macs[name] = Variant(model), count
     return variants, macs
 
 
 def time_variants(
-    variants: dict[str, tuple[nn.Module, float | None]],
-    plain: nn.Module,
-    device: str,
-    precision: str,
-    batch: int,
-    runs: int,
-    compiled: bool,
+    variants: dict[str, Variant], plain: nn.Module, device: str, precision: str, batch: int, runs: int, compiled: bool
 ) -> dict[str, float]:
     """Name -> images a second, timed in turn on one random batch."""
     images = torch.randn(batch, *input_size(plain), device=device)
-    calls = {}
     torch.compiler.reset()  # graphs of other shapes would count towards the limit of recompilations
-    for name, (model, keep) in variants.items():
-        model.to(device)
-        calls[name] = call(torch.compile(model) if compiled else model, keep, images, model)
+    calls = {}
+    for name, variant in variants.items():
+        variant.model.to(device)
+        calls[name] = call(variant, images, torch.compile(variant.model) if compiled else None)
     with autocast(torch.device(device), PRECISIONS[precision]):
         return images_per_second(calls, batch, runs)
 
 
-def call(
-    model: Callable[..., Any], keep: float | None, images: torch.Tensor, owner: nn.Module | None = None
-) -> Callable[[], object]:
-    """A call on a batch that first sets the keep of the model (of the `owner`, where the model is compiled)."""
+def call(variant: Variant, images: torch.Tensor, compiled: Callable[..., Any] | None = None) -> Callable[[], object]:
+    """A call on a batch that first sets the keep of the model."""
+    model, keep, _ = variant
+    order: dict[str, Order] = {}
+    if variant.given:
+        order["order"] = model.compute_order(images)
 
     def run() -> object:
         if keep is not None:
-            (owner or model).keep = keep
-        return model(images)
+            model.keep = keep
+        return (compiled or model)(images, **order)
 
     return run
 
 
-def make_rows(macs: dict[str, float], found: dict[int, dict[str, float]]) -> list[dict[str, str]]:
-    """One row a variant: GMACs, and images a second with their ratio to the plain model's at each batch size."""
+def make_rows(macs: dict[str, float], found: dict[int, dict[str, float]], keep: float) -> list[dict[str, str]]:
+    """A row for each variant: GMACs, images a second with their ratio to the plain model's; shares of the ideal last."""
     rows = []
     for name, count in macs.items():
         row = {"model": name, "GMACs an image": f"{count / 1e9:.2f} ({count / macs[PLAIN]:.2f}x)"}
         for batch, speeds in found.items():
             row[f"batch {batch}"] = f"{speeds[name]:.1f} ({speeds[name] / speeds[PLAIN]:.2f}x)"
         rows.append(row)
-    return rows
+    shares = {
+        f"batch {batch}": f"{speeds[f'collapsed, keep {keep:g}'] / speeds[f'given order, keep {keep:g}']:.0%}"
+        for batch, speeds in found.items()
+    }
+    return [*rows, {"model": "share of the ideal", "GMACs an image": "", **shares}]
 
 
 if __name__ == "__main__":

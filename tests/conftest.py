@@ -5,6 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for the net
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker, and for what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

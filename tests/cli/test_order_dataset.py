@@ -1,6 +1,5 @@
 """`timm-collapse order-dataset`: one process, several, a killed and restarted run, and the scripts that read it."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from distributed_worker import load_script
 
 from timm_collapse import CollapseError, CollapseOrder
 from timm_collapse.cli import order_dataset
@@ -122,14 +122,10 @@ def test_one_process_two_and_a_killed_run_that_others_end_write_the_same(run, tm
 
 def train_here(monkeypatch, script, *argv):
     """Runs a train script in this process."""
-    spec = importlib.util.spec_from_file_location(f"train_{script}", ROOT / "train" / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     common = ["--dataset", "digits", "--part", "0/20", "--tensorboard", "false", "--steps", 2, "--batch_size", 4]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, (*common, *argv))])
-    run_script(module.main)
+    run_script(load_script(script).main)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,15 @@
 """Every publishable model is described, and nothing in hub_configs/ names what does not exist."""
 
 import dataclasses
-import importlib.util
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from distributed_worker import load_script
 
 from timm_collapse import CollapseError
 from timm_collapse.collapse.cvit import BASES, RESAMPLED
@@ -23,14 +22,6 @@ from timm_collapse.hub.download import bundled_models
 ROOT = Path(__file__).parents[2]
 CONFIGS = {path.stem: path for path in sorted((ROOT / "hub_configs").glob("*.json"))}
 NO_VAE = {"comae_base_kl16_256": {"vae": ""}, "comae_base_kl16_256_wide_encoder": {"vae": ""}}
-
-
-def script_args(path):
-    """The argument class of a train script."""
-    spec = importlib.util.spec_from_file_location(f"train_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclass looks its module up
-    spec.loader.exec_module(module)
-    return module.Args
 
 
 def test_every_publishable_model_has_its_file():
@@ -86,7 +77,7 @@ def check_commands(config):
             assert yaml.safe_load((ROOT / words[3]).read_text())["num_processes"] >= 1
             del words[2:4]
         script = ROOT / words[2]
-        args = parse_args(script_args(script), "", words[3:])  # exits where an argument does not exist
+        args = parse_args(load_script(script.stem).Args, "", words[3:])  # exits where an argument does not exist
         known = {field.name: field.default for field in dataclasses.fields(args)}
         assert args.output != known["output"]
         if getattr(args, "model", ""):

@@ -1,6 +1,5 @@
 """CMAR's training in miniature, through the script: digits, a token a pixel, a random VAE."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from distributed_worker import load_script
 from safetensors.torch import load_file
 
 from timm_collapse import CollapseError, GenerationOrder
@@ -46,11 +46,7 @@ def train(output: Path, *args) -> None:
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_cmar", ROOT / "train" / "cmar.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_cmar"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("cmar")
 
 
 @pytest.fixture

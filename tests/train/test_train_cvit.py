@@ -1,6 +1,5 @@
 """CViT's training and the ranker's on features, in miniature, through the scripts."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from distributed_worker import load_script
 from safetensors.torch import load_file
 
 from timm_collapse import CollapseError, CollapseOrder
@@ -106,16 +106,8 @@ def test_goes_on_where_it_was(tmp_path):
     assert [line["step"] for line in log] == [3, 5, 6] and all(line["divergence"] >= 0 for line in log)
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_cvit", ROOT / "train" / "cvit.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_cvit"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_mask_rates_of_the_schedules():
-    args = load_script().Args
+    args = load_script("cvit").Args
     cosine = [1 - args().budget(u) for u in (0.0, 0.5, 1.0)]
     assert cosine == pytest.approx([0.0, 0.99 * (1 - 2**-0.5), 0.99])  # low rates are favoured
     assert args(keep_schedule="uniform").budget(0.5) == pytest.approx(0.505)
@@ -141,11 +133,11 @@ def test_mask_rates_of_the_schedules():
 )
 def test_values_that_cannot_train_are_refused(wrong, message):
     with pytest.raises(CollapseError, match=message):
-        load_script().Args(**wrong)
+        load_script("cvit").Args(**wrong)
 
 
 def test_a_fixed_budget_is_a_count_or_a_ratio():
-    args = load_script().Args
+    args = load_script("cvit").Args
     assert {args(keep="64", keep_schedule="fixed").budget(u) for u in (0.0, 0.5, 0.99)} == {64}
     assert args(keep=".5", keep_schedule="fixed").budget(0.3) == 0.5
     for wrong in ("few", "0", "-3", "1.5"):
@@ -154,7 +146,7 @@ def test_a_fixed_budget_is_a_count_or_a_ratio():
 
 
 def test_budgets_that_have_no_tokens_are_refused_before_the_training():
-    script = load_script()
+    script = load_script("cvit")
     model = timm.create_model("cvit_tiny_patch16", orderer="bayer", embed_dim=24, depth=1, num_heads=2)  # 14 x 14
     script.check_budgets(script.Args(keep_schedule="49,100", remainder=["none", "mixed"], keep="0.5"), model, (14, 14))
     assert model.remainder == "none"  # the first
@@ -193,7 +185,7 @@ class Counting(CollapseOrder):
     ],
 )
 def test_orders_are_computed_only_where_and_as_far_as_they_are_needed(arguments, asked, monkeypatch, tmp_path):
-    script, orderer = load_script(), Counting()
+    script, orderer = load_script("cvit"), Counting()
     collapse = script.collapse
     monkeypatch.setattr(script, "collapse", lambda model, name, *more: collapse(model, orderer, *more))
     model = ["--model", "cvit_tiny_patch4_32", "--model_args", SMALL]
@@ -214,7 +206,7 @@ def test_a_saved_model_is_trained_on_with_the_orderer_beside_its_weights(monkeyp
     orderer = CollapseOrder(timm.create_model("collapse_ranker_tiny", **shape))
     save_model(timm.create_model("cvit_tiny_patch4_32", orderer=orderer, **json.loads(SMALL)), tmp_path / "first")
     source = ["--model", f"local-dir:{tmp_path / 'first'}", "--pretrained", "true", "--keep", "0.5"]
-    run_main(load_script(), monkeypatch, tmp_path / "second", *source)
+    run_main(load_script("cvit"), monkeypatch, tmp_path / "second", *source)
     trained = timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True)
     assert trained.keep == 0.5
     assert weights_hash(trained.orderer) == weights_hash(orderer)
@@ -222,7 +214,7 @@ def test_a_saved_model_is_trained_on_with_the_orderer_beside_its_weights(monkeyp
 
 def test_a_naflexvit_is_trained(monkeypatch, tmp_path):
     shape = json.dumps({"embed_dim": 48, "depth": 1, "num_heads": 3})
-    run_main(load_script(), monkeypatch, tmp_path, "--model", "naflexvit_base_patch16_gap", "--model_args", shape)
+    run_main(load_script("cvit"), monkeypatch, tmp_path, "--model", "naflexvit_base_patch16_gap", "--model_args", shape)
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).orderer.source == "collapse_ranker_tiny_224"
 
 
