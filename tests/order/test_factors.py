@@ -65,11 +65,14 @@ def conditioned(covariance, s):
     return covariance - cross @ torch.linalg.inv(covariance[s][:, s]) @ cross.T if len(s) else covariance
 
 
-def first_order_gains(c, shown):
-    gains = torch.full((len(c),), -1.0, dtype=torch.float64)
-    for j in set(range(len(c))) - set(shown):
-        others = [n for n in range(len(c)) if n not in shown and n != j]
-        gains[j] = c[j, j].sqrt() + sum(c[n, j] ** 2 / (2 * c[n, n].sqrt() * c[j, j]) for n in others)
+def first_order_gains(c, shown, weights=None):
+    """Each patch's own deviation and what it tells of the other hidden ones, -1 for shown ones."""
+    weights, variance, shown = 1.0 if weights is None else weights, c.diagonal(), list(shown)
+    told = weights * c.square() / (2 * variance.sqrt() * variance.unsqueeze(1))  # [j, n]: of n by j
+    told.fill_diagonal_(0.0)
+    told[:, shown] = 0.0
+    gains = weights * variance.sqrt() + told.sum(1)
+    gains[shown] = -1.0
     return gains
 
 
@@ -90,15 +93,16 @@ def test_single_errors_equal_conditioning_on_one_patch(model):
             assert torch.allclose(errors[b, 1 + j].double(), left, atol=1e-4)
 
 
-def test_parallel_order_equals_a_slow_one_patch_after_the_other(model):
+@pytest.mark.parametrize("weights", [None, torch.rand(3, 12, generator=torch.Generator().manual_seed(4)) ** 2])
+def test_parallel_order_equals_a_slow_one_patch_after_the_other(model, weights):
     g, d = model
     shown = [2, 7]
     revealed = torch.zeros(3, 12, dtype=torch.bool)
     revealed[:, shown] = True
-    orders = [parallel_order(g, d, revealed, rounds) for rounds in (1, 2, 3)]
+    orders = [parallel_order(g, d, revealed, rounds, weights) for rounds in (1, 2, 3)]
     for b in range(3):
         c = covariance(g[b], d[b])
-        gains = first_order_gains(c, shown)
+        gains = first_order_gains(c, shown, None if weights is None else weights[b].double())
         hidden = [j for j in range(12) if j not in shown]
         rho2 = (c - torch.diag(d[b].double())).square() / (c.diagonal() * c.diagonal().unsqueeze(1))
         scores = {j: float(gains[j]) for j in hidden}
@@ -119,8 +123,24 @@ def test_nothing_revealed_is_the_same_as_none(model):
 
 
 def test_patches_that_share_nothing_come_by_their_deviation():
-    g = torch.zeros(1, 5, 2)
-    assert parallel_order(g, torch.tensor([[0.3, 0.9, 0.1, 0.5, 0.7]])).tolist() == [[1, 4, 3, 0, 2]]
+    g, variances = torch.zeros(1, 5, 2), torch.tensor([[0.3, 0.9, 0.1, 0.5, 0.7]])
+    assert parallel_order(g, variances).tolist() == [[1, 4, 3, 0, 2]]
+    weights = torch.tensor([[2.0, 1.0, 9.0, 1.0, 0.0]])
+    by_weight = (weights * variances.sqrt()).argsort(descending=True)
+    assert parallel_order(g, variances, weights=weights).tolist() == by_weight.tolist() == [[2, 0, 1, 3, 4]]
+
+
+def test_equal_weights_change_nothing_and_what_no_weight_asks_for_comes_last(model):
+    g, d = model
+    assert torch.equal(parallel_order(g, d, weights=torch.ones(3, 12)), parallel_order(g, d))
+    g = torch.cat([g, torch.zeros(3, 12, 4)], 2)
+    g[:, 6:] = g[:, 6:].roll(4, 2)  # the two halves share no factor
+    weights = torch.ones(3, 12).index_fill(1, torch.arange(6), 0.0)
+    assert (parallel_order(g, d, weights=weights)[:, :6] >= 6).all()
+    told = torch.tensor([[[1.0], [1.0], [0.0]]])  # the first patch counts for what it tells about the second alone
+    for last, expected in ((1.0, [[1, 2, 0]]), (0.01, [[1, 0, 2]])):
+        weights = torch.tensor([[0.0, 1.0, last]])
+        assert parallel_order(told, torch.full((1, 3), 0.1), weights=weights).tolist() == expected
 
 
 def test_redundant_twin_comes_late():

@@ -116,26 +116,40 @@ class Collapsed(HoldsOrderer):
         """(1, N, D): what is added to the patch embeddings of a grid; None: nothing is."""
         raise NotImplementedError
 
-    def compute_order(self, images: Tensor, upto: int | None = None, grid: tuple[int, int] | None = None) -> Order:
+    def compute_order(
+        self,
+        images: Tensor,
+        upto: int | None = None,
+        grid: tuple[int, int] | None = None,
+        weights: Tensor | None = None,
+    ) -> Order:
         """The order of the patches of images (B, C, H, W) in this model's normalisation, on its own grid or another.
 
         Args:
             images: As the model gets them.
             upto: Only so many first places are needed, see `CollapseOrder`.
             grid: Patch grid (h, w) of the result; None takes the model's for these images.
+            weights: By how much the uncertainty of each patch counts, see `CollapseOrder`.
 
         Raises:
             CollapseError: As `CollapseOrder.forward`; images of another size than the model's.
         """
         own = self.image_grid(images)
-        return self._order(fit_images(images, own, self._patch_size()), grid or own, upto, check=True)
+        return self._order(fit_images(images, own, self._patch_size()), grid or own, upto, True, weights)
 
     @torch.no_grad()
-    def _order(self, images: Tensor, grid: tuple[int, int], upto: int | None, check: bool = False) -> Order:
+    def _order(
+        self,
+        images: Tensor,
+        grid: tuple[int, int],
+        upto: int | None,
+        check: bool = False,
+        weights: Tensor | None = None,
+    ) -> Order:
         """The order of fitted images; without `check` no value is read back from a GPU."""
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         images = self.normalisation.to(Normalisation.of(self.orderer), images)
-        return self.orderer_on(images.device)(images, grid=grid, upto=upto, check=check)
+        return self.orderer_on(images.device)(images, grid=grid, upto=upto, check=check, weights=weights)
 
     def select(self, images: Tensor, order: Order | None = None) -> Selection | None:
         """What becomes of the patches of a batch of images, decided once a forward pass.

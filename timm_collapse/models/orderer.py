@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from ..hub.download import bundled_models, download, find_file, loading
 from ..hub.files import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
-from ..order import BASELINES, RANKINGS, CollapseError, Order, check_grid, check_images, rank_graph
+from ..order import (
+    BASELINES,
+    RANKINGS,
+    UNCERTAINTIES,
+    CollapseError,
+    Order,
+    check_grid,
+    check_images,
+    patch_weights,
+    rank_graph,
+)
 from ..order.errors import describe, values_readable
 from ..order.hierarchy import hierarchical_pagerank
 from ..order.order import check_spread, places_before_spreading
@@ -144,7 +154,12 @@ class CollapseOrder(nn.Module):
         return orderer
 
     def forward(
-        self, images: Tensor, grid: tuple[int, int] | None = None, upto: int | None = None, check: bool = True
+        self,
+        images: Tensor,
+        grid: tuple[int, int] | None = None,
+        upto: int | None = None,
+        check: bool = True,
+        weights: Tensor | None = None,
     ) -> Order:
         """Order the patches of each image.
 
@@ -153,9 +168,14 @@ class CollapseOrder(nn.Module):
             grid: Patch grid (h, w) of the result; None takes the orderer's own.
             upto: Only so many first places (of the result's grid) are needed; orderers with phases save the later ones.
             check: Refuse NaN, for which values are read back from a GPU; a collapsed model's forward pass does not.
+            weights: By how much the uncertainty of each patch counts, such as its relevance to a question: (B, N) on
+                the grid of the result, or a map (B, H, W) of any resolution, such as a mask or a saliency map. At least
+                0, only ratios matter, all alike changes nothing. A patch of weight 0 counts for what it tells about the
+                others alone. None: all alike.
 
         Raises:
-            CollapseError: Images of another shape or dtype or with NaN, a bad grid, a baseline without a grid.
+            CollapseError: Images of another shape or dtype or with NaN, a bad grid, a baseline without a grid; weights
+                of another shape, negative, not finite or all 0, or for an orderer that knows no uncertainty.
         """
         images = self._checked(images, check)
         if grid is None and self.grid is None:
@@ -164,18 +184,22 @@ class CollapseOrder(nn.Module):
         num_patches = grid[0] * grid[1]
         if upto is not None and not (isinstance(upto, int) and 1 <= upto <= num_patches):
             raise CollapseError(f"upto: must be in [1, {num_patches}] for grid {grid}, got {upto}")
+        if weights is not None:
+            self._refuse_weights()
+            weights = patch_weights(weights, images.shape[0], grid, self.grid, check).to(images.device)
         if self.baseline_name is not None:
-            return Order.unchecked(BASELINES[self.baseline_name](images, grid, self.generator), grid)
+            scores = BASELINES[self.baseline_name](images, grid, self.generator)
+            return Order.unchecked(scores if weights is None else scores * weights, grid)
         if values_readable() and images.shape[0] == 0:  # the blocks of timm's Eva take no batch of none
             return Order.unchecked(torch.zeros(0, num_patches, device=images.device), grid)
         if (ready := self._ready(images.device)) is not self:
-            return ready(images, grid, upto, check)
+            return ready(images, grid, upto, check, weights)
         if isinstance(self.model, Ranker):
             if grid[0] < self.grid[0] or grid[1] < self.grid[1]:
                 upto = None  # a coarser patch averages ranks: it needs the whole order
             if upto is not None and grid != self.grid:
                 upto = places_before_spreading(upto, grid, self.grid, self.spread)
-            scores = self.model.rank(images, upto)
+            scores = self.model.rank(images, upto, weights=weights)
         elif self.refine:
             graph = hierarchical_dependency(self.model, images, grid, self.refine, self.damping)
             finest = self.grid if isinstance(graph, Tensor) else graph.grid
@@ -183,6 +207,16 @@ class CollapseOrder(nn.Module):
         else:
             scores = rank_graph(self.graph(images), self.ranking, self.damping)
         return (Order if check else Order.unchecked)(scores, self.grid).resample(grid, self.spread)
+
+    def _refuse_weights(self) -> None:
+        """Raises CollapseError where the orderer's scores are no uncertainty of patches."""
+        if isinstance(self.model, Ranker) or self.baseline_name in UNCERTAINTIES:
+            return
+        kind = self.baseline_name or type(self.model).__name__
+        raise CollapseError(
+            f"weights must be None for {kind}, which knows no uncertainty of patches that could count more; a ranker "
+            f"and the baselines {' and '.join(UNCERTAINTIES)} do"
+        )
 
     @torch.no_grad()
     def graph(self, images: Tensor) -> Tensor:

@@ -164,13 +164,20 @@ class Ranker(nn.Module):
         return {"loss": error_map + 0.1 * gain_loss, "map": error_map.detach(), "gain": gain_loss.detach()}
 
     @torch.no_grad()
-    def rank(self, images: Tensor, upto: int | None = None, phases: tuple[float, ...] | None = None) -> Tensor:
+    def rank(
+        self,
+        images: Tensor,
+        upto: int | None = None,
+        phases: tuple[float, ...] | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Scores (B, N) on the ranker's own grid, higher = earlier.
 
         Args:
             images: (B, C, H, W), normalised; any size.
             upto: Only the first `upto` places are needed: later phases are saved, the rest follows by its last gain.
             phases: Other phases than the model's own.
+            weights: (B, N), see `parallel_order`.
         """
         check_images(images, values=False)
         n = self.num_patches
@@ -189,7 +196,7 @@ class Ranker(nn.Module):
                 before = torch.cat(picks, 1) if len(picks) > 1 else picks[0]
                 # not True: jit.trace knows no bool there
                 visible = torch.zeros(shape, dtype=torch.bool, device=images.device).scatter(1, before, 1)
-            order = parallel_order(*self.factors(static, visible), visible, self.rounds)
+            order = parallel_order(*self.factors(static, visible), visible, self.rounds, weights)
             picks.append(order[:, : min(stop, upto) - start])
             rest = order[:, min(stop, upto) - start : n - start]
         scores = torch.linspace(1.0, 1.0 / n, n, device=images.device)

@@ -2,7 +2,7 @@
 
 from .augment import jitter_order, mix_random
 from .bank import ClassOrderBank
-from .baselines import BASELINES, baseline_scores
+from .baselines import BASELINES, UNCERTAINTIES, baseline_scores
 from .budget import check_keep, check_keeps, parse_keep, resolve_keep
 from .errors import CollapseError, check_grid, check_images
 from .factors import condition, expected_errors, parallel_order, single_errors
@@ -13,11 +13,13 @@ from .pagerank import pagerank
 from .ranking import RANKINGS, rank_graph
 from .spread import bayer_ranks, halton_ranks
 from .statistics import ImageDependence, image_dependence, spearman
+from .weights import patch_weights
 
 __all__ = [
     "BASELINES",
     "GENERATION_ORDERS",
     "RANKINGS",
+    "UNCERTAINTIES",
     "ClassOrderBank",
     "CollapseError",
     "GenerationOrder",
@@ -40,6 +42,7 @@ __all__ = [
     "pagerank",
     "parallel_order",
     "parse_keep",
+    "patch_weights",
     "rank_graph",
     "resolve_keep",
     "single_errors",

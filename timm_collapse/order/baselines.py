@@ -106,3 +106,6 @@ BASELINES: dict[str, Baseline] = {
     "variance": _variance,
     "gradient": _gradient,
 }
+
+UNCERTAINTIES = ("variance", "gradient")
+"""The baselines whose scores are a property of the patch itself, at least 0, which weights can multiply."""

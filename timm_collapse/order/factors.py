@@ -98,7 +98,13 @@ def _correlations(loadings: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def parallel_order(loadings: Tensor, noise: Tensor, revealed: Tensor | None = None, rounds: int = 3) -> Tensor:
+def parallel_order(
+    loadings: Tensor,
+    noise: Tensor,
+    revealed: Tensor | None = None,
+    rounds: int = 3,
+    weights: Tensor | None = None,
+) -> Tensor:
     """An order of the patches, all at once: the gain of each is damped by what those ahead of it tell of it.
 
     The gain of patch j is its own standard deviation plus what it removes from the others, to first order in their
@@ -113,13 +119,15 @@ def parallel_order(loadings: Tensor, noise: Tensor, revealed: Tensor | None = No
         noise: (B, N), > 0.
         revealed: (B, N) bool: already visible; None: nothing is.
         rounds: How often shares are computed, each time in the order that the last ones gave.
+        weights: (B, N), >= 0: by how much the deviation of each patch counts in all gains; None: 1 each.
 
     Returns:
         (B, N) long: best first, the revealed ones last.
     """
     deviation, shared = _correlations(loadings, noise)
     with without_autocast(deviation):
-        hidden = deviation if revealed is None else deviation.masked_fill(revealed, 0.0)
+        hidden = deviation if weights is None else deviation * weights
+        hidden = hidden if revealed is None else hidden.masked_fill(revealed, 0.0)
         own = torch.addcmul(hidden, hidden, shared.diagonal(dim1=1, dim2=2), value=-0.5)  # counts wholly, not twice
         gains = torch.baddbmm(own.unsqueeze(-1), shared, hidden.unsqueeze(-1), alpha=0.5).squeeze(-1)
         if revealed is not None:
