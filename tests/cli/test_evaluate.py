@@ -115,6 +115,28 @@ def test_models_of_different_sizes_are_evaluated_one_group_after_another(run, fo
     assert len(both) == 2 and both[1] == alone[0]  # whatever else is evaluated
 
 
+def test_towers_for_images_of_any_size_take_the_size_that_is_asked_for(run, tmp_path, monkeypatch):
+    shape = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10, "patch_size": 8}
+    towers = {
+        "qwen3_vit_88m_merge": {"pos_embed_grid_size": 4},
+        "deepseek_vit_412m_align": {"out_features": 24},
+        "gemma4_vit_167m": {"head_dim": 16, "intermediate_size": 48, "position_embedding_size": 16},
+    }
+    for name, more in towers.items():
+        model = timm.create_model(name, **shape, **more)
+        model.model_args = {**shape, **more}
+        save_model(model, tmp_path / name)
+    sizes, transform = [], evaluate_cli._transform
+    monkeypatch.setattr(evaluate_cli, "_transform", lambda c: sizes.append(c["input_size"]) or transform(c))
+    common = ["--orderer", "bayer", *QUICK, "--images", 4, "--keep", 1, 0.5, "--speed-batch", 2, "--runs", 1]
+    for size in (48, 96):
+        code, out, _ = run(*(tmp_path / name for name in towers), "--img-size", size, *common, "--json", "-")
+        curves = json.loads(out)["curves"]
+        assert code == 0 and len(curves) == 3 and set(sizes) == {(3, size, size)}
+        assert all(curve["macs"][1] < 0.6 * curve["macs"][0] for curve in curves)
+        sizes.clear()
+
+
 def test_an_image_folder(run, folder, tmp_path):
     for label in range(10):
         (tmp_path / "set" / "val" / str(label)).mkdir(parents=True)

@@ -226,6 +226,20 @@ def test_it_compiles_in_one_graph(name):
     assert torch.allclose(compiled(images)[0], model(images)[0], atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, remainder", [("ViTModel", "none"), ("DINOv3ViTModel", "coarse"), ("CLIPVisionModel", "fused")]
+)
+def test_an_exported_model_takes_any_batch(name, remainder):
+    model = collapse(build(name), "variance", keep=0.5, remainder=remainder)
+    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    images = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    exported = torch.export.export(model, (), images, dynamic_shapes=shapes).module()
+    for batch in (5, 1):
+        images = torch.randn(batch, 3, 32, 32)
+        assert torch.allclose(exported(pixel_values=images)[0], model(images)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "name, mean, std", [("ViT", 0.5, 0.5), ("Dinov2", 0.485, 0.229), ("CLIPVision", 0.4815, 0.2686)]
 )
@@ -292,7 +306,7 @@ def test_models_that_cannot_be_collapsed_are_refused_with_the_reason():
         (build("CLIPModel"), "CLIPModel.*model.vision_model"),
         (build("SiglipModel"), "SiglipModel.*model.vision_model"),
         (whole, "collapsed already"),
-        (hooked, "accelerate"),
+        (hooked, "forward method of ViTModel was replaced"),
     ):
         with pytest.raises(CollapseError, match=message):
             collapse(model, "raster")

@@ -8,37 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from vlm_small import FAMILIES, IMAGE, PROMPTS, TOWER, build
+from vlm_small import FAMILIES, IMAGE, SHUFFLED, TOWER, build, inputs_of, photos, prompt
 
 from timm_collapse import CollapseError, CollapseOrder, Order, collapse
-
-SIZES = [(40, 56), (32, 32), (48, 24)]
-
-
-def photos(count):
-    rng = np.random.default_rng(3)
-    return [Image.fromarray(rng.integers(0, 255, (*SIZES[i], 3), dtype=np.uint8)) for i in range(count)]
-
-
-def prompt(name, images, text):
-    return " ".join([PROMPTS.get(name, "<image>")] * images + [text])
-
-
-def inputs_of(name, processor, batch=False):
-    """One photo and a question; or two prompts, of two photos and of one, padded on the left."""
-    if name == "paligemma":
-        given = {"images": photos(2), "text": ["<image> what is on the photo", "<image> a cat"]}
-        if not batch:
-            given = {key: value[:1] for key, value in given.items()}
-        inputs = processor(**given, return_tensors="pt", padding=True)
-        inputs.pop("labels", None)
-        return inputs
-    texts = [prompt(name, 1, "what is on the photo")]
-    images = [photos(1)]
-    if batch:
-        texts = [prompt(name, 2, "is the cat behind the dog"), prompt(name, 1, "what is it")]
-        images = [photos(3)[:2], photos(3)[2:]]
-    return processor(images=images, text=texts, return_tensors="pt", padding=True)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -78,7 +50,7 @@ def masked_tower(stock, name, inputs, seen):
             calls.append(1)
         else:
             cells = torch.stack(seen)
-            if name == "idefics3":  # cells of 2 x 2 patches on a grid of 8 x 8
+            if name in SHUFFLED:
                 cells = cells.view(-1, 4, 1, 4, 1).expand(-1, -1, 2, -1, 2).flatten(1)
             mask = nn.functional.pad(cells, (key.shape[2] - cells.shape[1], 0), value=True)[:, None, None]
         assert mask.shape[-1] == key.shape[2]
@@ -111,10 +83,12 @@ class Reference:
     def __init__(self, name, stock, collapsed, inputs, orders):
         self.name, self.stock, self.inputs = name, stock, dict(inputs)
         self.seen = []
+        leading = int(name == "llava_class_token")
         for order in orders:
             cells = order.grid[0] * order.grid[1]
             kept = order.keep(collapsed.keep)[0]
-            self.seen.append(torch.zeros(cells, dtype=torch.bool).index_fill(0, kept, True))
+            seen = torch.zeros(cells, dtype=torch.bool).index_fill(0, kept, True)
+            self.seen.append(nn.functional.pad(seen, (leading, 0), value=True))
         self.stays = inputs["input_ids"] != IMAGE
         self.stays[~self.stays] = torch.cat(self.seen)
 
@@ -164,6 +138,19 @@ def test_logits_are_those_of_the_stock_model_with_masks(pair, batch):
     assert (got - expected)[real].abs().max() < 1e-4 * expected.abs().max()
     assert (got[~reference.stays] == 0).all()
     assert not torch.allclose(stock(**inputs).logits[:, -1], expected[:, -1], atol=1e-3)  # what is dropped counts
+
+
+@torch.no_grad()
+def test_features_of_several_layers_with_the_class_token():
+    """LLaVA's strategy "full" on a tower with a class token, which has a placeholder of its own."""
+    stock, processor = build("llava_class_token")
+    model = collapse(copy.deepcopy(stock), "random", keep=0.5)
+    inputs = inputs_of("llava", processor, batch=True)
+    orders = orders_of(model, inputs)
+    reference = Reference("llava_class_token", stock, model, inputs, orders)
+    expected, got = reference.forward().logits, model(**inputs, order=orders).logits
+    assert (got - expected)[reference.stays].abs().max() < 1e-4 * expected.abs().max()
+    assert int((~reference.stays).sum()) == 3 * 8 and (got[~reference.stays] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -224,10 +211,16 @@ def test_embeddings_instead_of_ids(pair):
     ids = inputs.pop("input_ids")
     embeds = model.get_input_embeddings()(ids)
     got = model(inputs_embeds=embeds, **inputs, order=orders)
+    how = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
+    if name != "paligemma":  # whose stock model generates from ids alone
+        answer = model.generate(inputs_embeds=embeds, **inputs, order=orders, **how)
     if name.startswith("qwen"):  # as the stock model: without ids it counts positions as in a text
-        assert got.logits.shape == expected.shape
+        assert got.logits.shape == expected.shape and answer.shape == (1, 3)
         return
     assert torch.allclose(got.logits, expected, atol=1e-5)
+    if name != "paligemma":
+        whole = model.generate(ids, **inputs, order=orders, **how)
+        assert torch.equal(answer, whole[:, ids.shape[1] :])
 
 
 @torch.no_grad()
@@ -236,6 +229,25 @@ def test_text_alone_is_left_alone(pair):
     inputs = processor.tokenizer(["a red house", "two dogs"], return_tensors="pt", padding=True)
     inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
+    how = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(**inputs, **how), stock.generate(**inputs, **how))
+
+
+@torch.no_grad()
+def test_a_prompt_without_a_photo_beside_one_with(pair):
+    name, stock, model, processor = pair
+    if name == "paligemma":  # whose processor gives every prompt a photo
+        return
+    texts = [prompt(name, 1, "what is it"), "a red house"]
+    nested = [photos(1), []] if name in ("idefics3", "smolvlm") else photos(1)
+    both = processor(images=nested, text=texts, return_tensors="pt", padding=True)
+    alone = processor(images=[photos(1)], text=texts[:1], return_tensors="pt")
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
+    orders = orders_of(model, both)
+    answers = model.generate(**both, order=orders, **how)[:, -3:]
+    words = {key: both[key][1:] for key in ("input_ids", "attention_mask")}
+    assert torch.equal(answers[:1], model.generate(**alone, order=orders, **how)[:, -3:])
+    assert torch.equal(answers[1:], stock.generate(**words, **how)[:, -3:])
 
 
 def test_loss_is_of_the_tokens_that_are_left(pair):
@@ -263,6 +275,22 @@ def test_the_budget_may_change_and_counts_for_each_image(pair):
             keep if keep == 3 else max(1, round(n / 4)) for n in kept.counts
         ]
         assert torch.isfinite(model(**inputs).logits).all()
+
+
+@torch.no_grad()
+def test_orders_can_be_had_beforehand_with_weights(pair):
+    name, stock, _, processor = pair
+    inputs = inputs_of(name, processor, batch=True)
+    model = collapse(copy.deepcopy(stock), "variance", keep=0.5)
+    orders = model.compute_order(inputs)
+    assert torch.equal(model(**inputs, order=orders).logits, model(**inputs).logits)
+    maps = [torch.arange(4).float().unsqueeze(0).gt(1) for _ in orders]  # the right half
+    for order in model.compute_order(inputs, maps):
+        h, w = order.grid
+        right = order.indices[0, : h * (w // 2)] % w
+        assert (right >= w // 2).all()
+    alike = model.compute_order(inputs, [torch.full((order.num_patches,), 0.3) for order in orders])
+    assert all(torch.equal(a.indices, b.indices) for a, b in zip(alike, orders, strict=True))
 
 
 @torch.no_grad()
@@ -297,13 +325,22 @@ def test_saved_it_is_the_stock_model(pair, tmp_path):
 
 
 @torch.no_grad()
-def test_half_precision_and_compiled_prefill(pair):
+@pytest.mark.parametrize("family", ["llava_siglip", "smolvlm"])  # the tower itself collapsed, and cells
+def test_compiled_prefill(pair):
+    name, _, model, processor = pair
+    inputs = inputs_of(name, processor)
+    expected = model(**inputs, order=orders_of(model, inputs)).logits
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(compiled(**inputs, order=orders_of(model, inputs)).logits, expected, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_half_precision(pair):
     name, _, model, processor = pair
     inputs = inputs_of(name, processor)
     orders = orders_of(model, inputs)
     expected = model(**inputs, order=orders).logits
-    compiled = torch.compile(model, backend="eager")
-    assert torch.allclose(compiled(**inputs, order=orders).logits, expected, atol=1e-5)
     half = model.to(torch.bfloat16)(**inputs, order=orders).logits
     assert half.dtype == torch.bfloat16 and (half.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
@@ -313,9 +350,9 @@ def test_the_orderer_sees_the_pixels_of_the_photo(family):
     seen = []
 
     class Spy(CollapseOrder):
-        def forward(self, images, grid=None, upto=None):
+        def forward(self, images, grid=None, **more):
             seen.append((images, grid))
-            return super().forward(images, grid, upto)
+            return super().forward(images, grid, **more)
 
     grey = Image.fromarray(np.full((32, 32, 3), 128, np.uint8))
     left = np.full((32, 32, 3), 0, np.uint8)
@@ -347,10 +384,21 @@ def test_the_orderer_sees_the_pixels_of_the_photo(family):
         ),
         (
             lambda m, x: m(**{**x, "input_ids": x["input_ids"][:, :-8], "attention_mask": None}),
-            "input_ids must hold one image token",
+            "input_ids must hold 35 image tokens .*, got 33",
         ),
         (lambda m, x: m(**{**x, "attention_mask": x["attention_mask"][:, 1:]}), "attention_mask must be of shape"),
         (lambda m, x: m(**{**x, "logits_to_keep": torch.tensor([1])}), "logits_to_keep must be an int"),
+        (
+            lambda m, x: m(**{**x, "image_grid_thw": x["image_grid_thw"] * 2}),
+            "image_grid_thw must give the grids of",
+        ),
+        (lambda m, x: m(**{**x, "image_grid_thw": None}), "image_grid_thw must give .*, got none"),
+        (lambda m, x: m(**{**x, "mm_token_type_ids": None}), "mm_token_type_ids must be given"),
+        (lambda m, x: m(**x, pixel_values_videos=torch.zeros(16, 96)), "pixel_values_videos must be None"),
+        (lambda m, x: m(pixel_values=x["pixel_values"]), "input_ids or inputs_embeds must be given"),
+        (lambda m, x: m.compute_order(x, torch.ones(2, 4)), "weights must be of the 1 images"),
+        (lambda m, x: m.compute_order(x, torch.ones(1, 5)), r"weights must be of shape \(1, "),
+        (lambda m, x: m.compute_order(x, [None]), "weights must be of shape .* got NoneType"),
         (lambda m, x: collapse(m, "random", remainder="coarse"), "remainder must be none"),
         (lambda m, x: collapse(m, "random", positions="all"), "positions must be one of"),
     ],
@@ -369,6 +417,31 @@ def test_a_picture_that_was_resized_otherwise_is_refused():
     inputs = inputs_of("llava_clip", processor)
     with pytest.raises(CollapseError, match="pixel_values must be .* the tower's image_size"):
         model(**{**inputs, "pixel_values": torch.zeros(1, 3, 40, 40)})
+    for family, shape, message in (
+        ("internvl", (1, 3, 40, 40), "pixel_values must be .* the tower's image_size"),
+        ("internvl", (3, 32, 32), r"pixel_values must be a tensor of shape \(B, C, H, W\)"),
+        ("smolvlm", (1, 3, 32, 32), r"pixel_values must be a tensor of shape \(B, tiles, C, H, W\)"),
+        ("smolvlm", (1, 2, 3, 32, 60), "pixel_values must have sides that are multiples of 8, whole cells"),
+        ("smolvlm", (1, 5, 3, 32, 64), r"pixel_attention_mask must be of shape \(1, 5, 32, 64\)"),
+        ("smolvlm", (1, 4, 3, 32, 32), "pixel_attention_mask must be of shape"),
+    ):
+        stock, processor = build(family)
+        with pytest.raises(CollapseError, match=message):
+            collapse(stock, "random")(**{**inputs_of(family, processor), "pixel_values": torch.ones(shape)})
+    strategy = {"vision_feature_select_strategy": "full"}
+    stock, processor = build("internvl")
+    with pytest.raises(CollapseError, match="vision_feature_select_strategy must be 'default' for InternVL"):
+        collapse(stock, "random")(**inputs_of("internvl", processor), **strategy)
+
+
+def test_photos_in_another_order_than_in_the_text_are_refused():
+    stock, processor = build("qwen3")
+    inputs = inputs_of("qwen3", processor, batch=True)
+    grids = inputs["image_grid_thw"]
+    patches = inputs["pixel_values"].split(grids.prod(-1).tolist())
+    swapped = {"pixel_values": torch.cat([*patches[1:], patches[0]]), "image_grid_thw": grids.roll(-1, 0)}
+    with pytest.raises(CollapseError, match="input_ids must hold the 35 image tokens of image 2 in one piece"):
+        collapse(stock, "random", keep=0.5)(**{**inputs, **swapped})
 
 
 def test_a_second_picture_needs_the_whole_conversation():

@@ -162,7 +162,7 @@ def load_groups(args: argparse.Namespace, info: DatasetInfo) -> list[tuple[dict[
     groups: dict[str, tuple[dict[str, Any], list[Entry], dict[str, CollapseOrder]]] = {}
     for name in names:
         model = load_model(name, args, info)
-        config = _data_config(model)
+        config = _data_config(model, args.img_size)
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         _, entries, loaded = groups.setdefault(repr((config, grid)), (config, [], {}))
         own = isinstance(model, Collapsed)
@@ -206,11 +206,15 @@ def load_model(name: str, args: argparse.Namespace, info: DatasetInfo) -> nn.Mod
     return model
 
 
-def _data_config(model: nn.Module) -> dict[str, Any]:
-    """timm's data config of a model, at the size that the model has (its pretrained_cfg may hold another)."""
+def _data_config(model: nn.Module, img_size: int | None) -> dict[str, Any]:
+    """timm's data config of a model, at the size that was asked for, which models for any size do not know, or its own.
+
+    Its pretrained_cfg may hold another.
+    """
     from timm.data import resolve_model_data_config
 
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    embed = getattr(getattr(model, "encoder", model), "patch_embed", None)
+    size = (img_size, img_size) if img_size else getattr(embed, "img_size", None)
     return resolve_model_data_config(model, args={"input_size": (3, *size)} if size else None)
 
 

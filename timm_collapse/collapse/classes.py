@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +24,36 @@ class Remade:
 def collapsed_class(adapter: type, base: type) -> type:
     """The subclass of a model's class that its collapsed form has; made once, so that classes compare equal."""
     return type(f"Collapsed{base.__name__}", (adapter, base), {"__module__": adapter.__module__})
+
+
+def become(module: nn.Module, cls: type) -> None:
+    """Make a module one of another class, in place.
+
+    accelerate's hooks call the forward method that the module had when they were set: from now on the new one.
+    """
+    module.__class__ = cls
+    if "_old_forward" in vars(module):
+        module._old_forward = cls.forward.__get__(module)
+
+
+def overrides(module: nn.Module, name: str) -> bool:
+    """Whether a module has a method of its own in place of its class's; hooks of accelerate call that, and are none."""
+    return name in vars(module) and not (name == "forward" and "_old_forward" in vars(module))
+
+
+def on_hand(module: nn.Module, read: Callable[[], Any]) -> Any:
+    """What a function reads of a module's own parameters, outside of its forward method.
+
+    accelerate may keep them elsewhere until that runs.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or not any(p.is_meta for p in module.parameters(recurse=False)):
+        return read()
+    hook.pre_forward(module)
+    try:
+        return read()
+    finally:
+        hook.post_forward(module, None)
 
 
 def restore(bases: tuple[type, type]) -> nn.Module:

@@ -24,14 +24,15 @@ from ..models.orderer import CollapseOrder
 from ..order import CollapseError, check_keep
 from ..order.errors import describe
 from .base import Collapsed, check_area_bias, check_remainder, check_share
-from .classes import collapsed_class
+from .classes import become, collapsed_class, overrides
 from .hf_families import find_hf_adapter, hf_cfg, is_hf
 from .timm import CollapsedEva, CollapsedVit
 from .timm_cells import CollapsedCells, CollapsedEncoder, CollapsedGemma4, CollapsedGemma4Encoder
 from .timm_families import CollapsedBeit, CollapsedCait, CollapsedNaFlex
 from .unsupported import unsupported_reason
-from .vlm import CollapsedVlm, check_positions
+from .vlm import CollapsedVlm
 from .vlm_families import find_vlm_adapter, is_vlm
+from .vlm_parts import check_positions
 
 ADAPTERS: dict[type, type[Collapsed]] = {
     VisionTransformer: CollapsedVit,
@@ -120,7 +121,7 @@ def collapse(
     check_remainder(remainder, cls.why_no_remainder(model))
     check_share(coarse_share)
     check_area_bias(area_bias, cls.why_no_area_bias(model))
-    model.__class__ = cls
+    become(model, cls)
     model.set_up(orderer, keep, remainder, coarse_share, area_bias, normalisation)
     cfg = {} if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
     if "architecture" in cfg and "orderer" not in getattr(model, "_model_args", {}):  # of timm, not yet a `cvit`
@@ -146,9 +147,9 @@ def collapse_vlm(
     """`collapse` for a vision-language model, and for its tower where that drops the patches itself."""
     adapter, known = (type(model), model.normalisation) if isinstance(model, CollapsedVlm) else find_vlm_adapter(model)
     normalisation = Normalisation(known.mean if mean is None else mean, known.std if std is None else std)
-    check_positions(positions, adapter)
+    check_positions(positions, adapter.closes_up)
     if not isinstance(model, CollapsedVlm):
-        model.__class__ = collapsed_class(adapter, type(model))
+        become(model, collapsed_class(adapter, type(model)))
     if (tower := model.tower()) is not None:
         collapse(tower, orderer, keep, mean=normalisation.mean, std=normalisation.std)
     model.set_up(orderer, keep, positions, normalisation)
@@ -192,7 +193,7 @@ def find_adapter(model: nn.Module) -> tuple[type[Collapsed], type]:
             f"{', '.join(c.__name__ for c in ADAPTERS)}"
         )
     for name in RELIED_ON:
-        if getattr(cls, name, None) is not getattr(base, name, None) or name in vars(model):
+        if getattr(cls, name, None) is not getattr(base, name, None) or overrides(model, name):
             raise CollapseError(
                 f"model: {cls.__name__} cannot be collapsed: it overrides {base.__name__}.{name}, on which collapse "
                 "relies"

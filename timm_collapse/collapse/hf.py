@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..order import CollapseError, Order
 from ..order.errors import describe
 from .base import Collapsed, check_area_bias
-from .classes import Remade, collapsed_class, set_forward, take_name
+from .classes import Remade, become, collapsed_class, on_hand, set_forward, take_name
 from .selection import embed_kept, image_size, spread_kept
 
 TRUNKS = ("vit", "dinov2", "dinov2_with_registers", "vision_model", "perceiver")
@@ -127,7 +127,7 @@ class CollapsedHf(Collapsed):
     def _attach_part(self, part: type[Part], module: nn.Module) -> None:
         module.carrier = self.carrier
         if not isinstance(module, part):
-            module.__class__ = collapsed_class(part, type(module))
+            become(module, collapsed_class(part, type(module)))
 
     def _embeddings(self) -> nn.Module:
         return trunk(self).embeddings
@@ -165,11 +165,14 @@ class CollapsedHf(Collapsed):
         return tuple(self._conv().stride)
 
     def _embed_patches(self, images: Tensor) -> Tensor:
-        conv = self._conv()  # its own forward would skip the dropped patches
-        images = images.to(conv.weight.dtype)
-        return nn.functional.conv2d(images, conv.weight, conv.bias, conv.stride).flatten(2).mT
+        conv = self._conv()
+        return self.carrier.run(None, conv, images.to(conv.weight.dtype)).flatten(2).mT
 
     def _patch_positions(self, grid: tuple[int, int]) -> Tensor | None:
+        embedding = getattr(self._embeddings(), "position_embedding", self._embeddings())
+        return on_hand(embedding, lambda: self._positions_on_hand(grid))
+
+    def _positions_on_hand(self, grid: tuple[int, int]) -> Tensor:
         embeddings, (p, q), classes = self._embeddings(), self._patch_size(), self._num_class_tokens()
         positions = getattr(embeddings, "position_embeddings", None)
         if positions is None:

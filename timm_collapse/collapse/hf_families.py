@@ -14,6 +14,7 @@ from torch import nn
 
 from ..order import CollapseError
 from .base import Collapsed
+from .classes import overrides
 from .hf import CollapsedDinov2, CollapsedDinov3, CollapsedHf, Part, trunk
 from .perceiver import CollapsedPerceiver
 
@@ -78,8 +79,6 @@ def find_hf_adapter(model: nn.Module) -> tuple[type[CollapsedHf], type]:
         raise CollapseError(
             f"model: {cls.__name__} holds, or is part of, a model that is collapsed already; collapse one of the two"
         )
-    if any("forward" in module.__dict__ for module in (model, *trunk(model).embeddings.modules())):
-        raise CollapseError(
-            f"model: the forward method of {cls.__name__} was replaced (accelerate's hooks do that); collapse it before"
-        )
+    if any(overrides(module, "forward") for module in (model, *trunk(model).embeddings.modules())):
+        raise CollapseError(f"model: the forward method of {cls.__name__} was replaced; collapse it before")
     return family[0], cls

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..models.transformer import gather_tokens, scatter_tokens
 from ..order import CollapseError
 from ..order.errors import describe
+from .classes import become, on_hand
 
 
 class Selection(NamedTuple):
@@ -138,7 +139,8 @@ def embed_kept(conv: nn.Conv2d, images: Tensor, selection: Selection) -> Tensor:
     patches = images[..., : h * p, : w * q].reshape(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
     rows = torch.arange(b, device=images.device).unsqueeze(1)
     patches = patches[rows, selection.kept // w, selection.kept % w].flatten(2)  # (B, k, C p q)
-    return nn.functional.linear(patches, conv.weight.flatten(1), conv.bias)
+    weight, bias = on_hand(conv, lambda: (conv.weight, conv.bias))
+    return nn.functional.linear(patches, weight.flatten(1), bias)
 
 
 def spread_kept(tokens: Tensor, selection: Selection) -> Tensor:
@@ -177,7 +179,7 @@ def sparse_patch_embed(embed: nn.Module, carrier: Carrier, compact: bool = False
         return False
     if not embed.flatten and embed.output_fmt != Format.NHWC:
         return False
-    embed.__class__ = SparsePatchEmbed
+    become(embed, SparsePatchEmbed)
     embed.carrier, embed.compact = carrier, compact
     return True
 

@@ -13,6 +13,7 @@ from ..models.transformer import gather_tokens, scatter_tokens
 from ..order import CollapseError, Order, resolve_keep
 from ..order.errors import describe
 from .base import Collapsed, check_area_bias
+from .classes import become
 from .selection import Carrier, KeepPatches, Selection, area_key_bias, image_size, sparse_patch_embed, spread_kept
 
 
@@ -38,7 +39,8 @@ class CollapsedTimm(Collapsed):
 
     def _attach(self) -> None:
         if isinstance(pool := getattr(self, "attn_pool", None), AttentionPoolLatent):
-            pool.__class__, pool.carrier = AreaPool, Carrier()
+            become(pool, AreaPool)
+            pool.carrier = Carrier()
 
     @classmethod
     def why_no_area_bias(cls, model: nn.Module) -> str:

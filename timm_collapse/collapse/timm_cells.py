@@ -20,7 +20,7 @@ from ..order import CollapseError, Order
 from ..order.errors import describe
 from .base import Collapsed
 from .cells import patches_of_cells
-from .classes import Remade, collapsed_class
+from .classes import Remade, become, collapsed_class
 from .selection import Carrier, Selection, embed_kept, fit_images, image_size
 from .timm import CollapsedTimm
 
@@ -65,8 +65,8 @@ class CollapsedCells(CollapsedTimm):
     def _attach(self) -> None:
         encoder = self._encoder()
         if not isinstance(encoder, KeepPositions):
-            encoder.__class__ = collapsed_class(KeepPositions, type(encoder))
-        encoder.patch_embed.__class__ = CellPatchEmbed
+            become(encoder, collapsed_class(KeepPositions, type(encoder)))
+        become(encoder.patch_embed, CellPatchEmbed)
         encoder.carrier = encoder.patch_embed.carrier = self.carrier
 
     def why_no_remainder(self) -> str:
@@ -171,7 +171,8 @@ class CollapsedGemma4(CollapsedCells):
 
     def _attach(self) -> None:
         encoder = self._encoder()
-        encoder.patch_embed.__class__, encoder.pooler.__class__ = CellGemma4PatchEmbed, CellPooler
+        become(encoder.patch_embed, CellGemma4PatchEmbed)
+        become(encoder.pooler, CellPooler)
         encoder.patch_embed.carrier = encoder.pooler.carrier = self.carrier
 
     def cell_side(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..order import CollapseError, Order
 from ..order.errors import describe
 from .base import Collapsed
+from .classes import become, on_hand
 from .selection import Carrier, Selection, image_size, sparse_patch_embed
 from .timm import CollapsedTimm
 
@@ -30,7 +31,7 @@ class KeepAfterDropout(nn.Dropout):
 
 def keep_after(dropout: nn.Dropout, carrier: Carrier, num_prefix_tokens: int) -> None:
     """Make a dropout also keep the selected patches, in place."""
-    dropout.__class__ = KeepAfterDropout
+    become(dropout, KeepAfterDropout)
     dropout.carrier, dropout.num_prefix_tokens = carrier, num_prefix_tokens
 
 
@@ -66,11 +67,15 @@ class CollapsedNaFlex(CollapsedTimm):
         return embeds.norm(embeds.proj(patches))
 
     def _patch_positions(self, grid: tuple[int, int]) -> Tensor | None:
-        embeds = self.embeds
-        if embeds.pos_embed_type == "none":
+        if self.embeds.pos_embed_type == "none":
             return None
+        return on_hand(self.embeds, lambda: self._positions_on_hand(grid))
+
+    def _positions_on_hand(self, grid: tuple[int, int]) -> Tensor:
+        embeds = self.embeds
         # timm adds them in place; to zeros, they are left alone
-        positions = embeds.proj.weight.new_zeros(1, grid[0] * grid[1], embeds.embed_dim)
+        own = next(embeds.parameters(recurse=False))
+        positions = own.new_zeros(1, grid[0] * grid[1], embeds.embed_dim)
         if embeds.pos_embed_type == "factorized":
             embeds._apply_factorized_pos_embed(positions, grid_size=list(grid))
         else:
@@ -260,10 +265,10 @@ class CollapsedBeit(CollapsedTimm):
         sparse_patch_embed(self.patch_embed, self.carrier)
         keep_after(self.pos_drop, self.carrier, self.num_prefix_tokens)
         for block in self.blocks:
-            block.attn.__class__ = KeptAttention
+            become(block.attn, KeptAttention)
             block.attn.carrier = Carrier()
         if isinstance(self.rel_pos_bias, RelativePositionBias):
-            self.rel_pos_bias.__class__ = KeptSharedBias
+            become(self.rel_pos_bias, KeptSharedBias)
             self.rel_pos_bias.carrier = self.carrier
         else:
             self.rel_pos_bias = NoSharedBias(self.carrier)

@@ -7,6 +7,7 @@ the others out of all that is as long as the text. Stock processors, prompts and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +15,12 @@ from torch import Tensor, nn
 
 from ..models.normalisation import Normalisation
 from ..models.orderer import CollapseOrder
-from ..order import CollapseError, Order, resolve_keep
+from ..order import CollapseError, Order, patch_weights, resolve_keep
 from ..order.errors import describe
 from .classes import set_forward, take_name
 from .holder import HoldsOrderer
+from .vlm_parts import refuse_other_images
 from .vlm_text import AS_LONG_AS_TEXT, Gap, Kept, Shortened, cache_of, go_on, next_positions, text_of
-
-POSITIONS = ("keep", "close")
-"""What becomes of the positions of dropped tokens: gaps, or the tokens behind close up."""
 
 
 class CollapsedVlm(HoldsOrderer):
@@ -71,6 +70,10 @@ class CollapsedVlm(HoldsOrderer):
         """The output of `get_image_features` for the kept cells."""
         raise NotImplementedError
 
+    def _leading(self, inputs: dict[str, Any]) -> int:
+        """Placeholders of each image ahead of those of its cells."""
+        return 0
+
     def _positions_of(self, inputs: dict[str, Any], generating: bool) -> Tensor | None:
         """Positions of the whole text, (B, L) or (axes, B, L), as the stock model has them."""
         if generating:
@@ -79,6 +82,38 @@ class CollapsedVlm(HoldsOrderer):
         return torch.arange(text.shape[1], device=text.device).expand(text.shape[0], -1)
 
     # -- dropping ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def compute_order(self, inputs: dict[str, Any], weights: Sequence[Tensor] | Tensor | None = None) -> list[Order]:
+        """The orders of the images, in the order of their placeholders, each on its cell grid.
+
+        Args:
+            inputs: What the stock model's forward takes, `pixel_values` among it.
+            weights: By how much the uncertainty of each cell counts, such as its relevance to the question; for each
+                image (N,) of its cells, or a map (H, W) of any resolution, see `CollapseOrder`.
+
+        Raises:
+            CollapseError: Images that are not the model's, or wrong weights.
+        """
+        groups = self._images(inputs)
+        orders: list[Order] = [None] * sum(len(numbers) for numbers, _, _ in groups)
+        if weights is not None and len(weights) != len(orders):
+            raise CollapseError(f"weights must be of the {len(orders)} images of the batch, got {len(weights)}")
+        for numbers, images, grid in groups:
+            given = None
+            if weights is not None:
+                maps = (weights[i].unsqueeze(0) if isinstance(weights[i], Tensor) else weights[i] for i in numbers)
+                given = torch.cat([patch_weights(one, 1, grid) for one in maps])
+            found = self._order(images, grid, weights=given)
+            for i in range(len(numbers)):
+                orders[numbers[i]] = found[i]
+        return orders
+
+    def _order(
+        self, images: Tensor, grid: tuple[int, int], upto: int | None = None, weights: Tensor | None = None
+    ) -> Order:
+        images = self.normalisation.to(Normalisation.of(self.orderer), images.float())
+        return self.orderer_on(images.device)(images, grid=grid, upto=upto, weights=weights)
 
     @torch.no_grad()
     def compute_kept(self, inputs: dict[str, Any], order: Order | list[Order] | None = None) -> Kept:
@@ -104,9 +139,7 @@ class CollapsedVlm(HoldsOrderer):
             n = grid[0] * grid[1]
             budget = resolve_keep(self.keep, n)
             if order is None:
-                of_group = self.orderer_on(images.device)(
-                    self.normalisation.to(Normalisation.of(self.orderer), images.float()), grid=grid, upto=budget
-                )
+                of_group = self._order(images, grid, budget)
             else:
                 given = [order[i] for i in numbers]
                 for one in given:
@@ -119,7 +152,7 @@ class CollapsedVlm(HoldsOrderer):
             orders.append(of_group)
             for i, kept in zip(numbers, of_group.keep(budget)):
                 cells[i], counts[i] = kept, n
-        return Kept(cells, counts, orders[0] if len(orders) == 1 else None)
+        return Kept(cells, counts, orders[0] if len(orders) == 1 else None, self._leading(inputs))
 
     def _shorten(self, inputs: dict[str, Any], order, generating: bool) -> Shortened | None:
         """The inputs without what is dropped; None where nothing is."""
@@ -169,12 +202,7 @@ class CollapsedVlm(HoldsOrderer):
         else:
             like = torch.tensor(token, device=inputs["inputs_embeds"].device)
             placeholders = (inputs["inputs_embeds"] == self.get_input_embeddings()(like)).all(-1)
-        found, expected = int(placeholders.sum()), sum(kept.counts)
-        if found != expected:
-            raise CollapseError(
-                f"input_ids must hold one image token ({token}) for each of the {expected} cells of the "
-                f"{len(kept.counts)} images, got {found}: was the text made for these images by this model's processor?"
-            )
+        refuse_other_images(placeholders, [count + kept.leading for count in kept.counts], token)
         stays = ~placeholders
         stays[placeholders] = kept.mask().to(stays.device)
         return stays
@@ -241,16 +269,3 @@ class CollapsedVlm(HoldsOrderer):
             return sequences
         result.sequences = sequences
         return result
-
-
-def check_positions(positions: str, adapter: type[CollapsedVlm]) -> None:
-    """Raises CollapseError unless a family's positions can be treated so."""
-    if positions not in POSITIONS:
-        raise CollapseError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
-    if positions == "close" and not adapter.closes_up:
-        raise CollapseError("positions must be 'keep' where they are places in the image (Qwen-VL), got 'close'")
-
-
-def core(model: nn.Module) -> nn.Module:
-    """The model without the language head."""
-    return getattr(model, "model", model)

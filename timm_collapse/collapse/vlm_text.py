@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..order import CollapseError, Order
 
@@ -22,11 +23,13 @@ class Kept(NamedTuple):
     """Cells that each image has."""
     order: Order | None
     """Of all images, where they have one grid."""
+    leading: int = 0
+    """Placeholders of each image ahead of its cells, which always stay: of a class token."""
 
     def mask(self) -> Tensor:
-        """(sum of counts,) bool: which placeholders stay, one image after the other."""
+        """(sum of counts and leading,) bool: which placeholders stay, one image after the other."""
         masks = [torch.zeros(n, dtype=torch.bool, device=k.device).scatter(0, k, True) for k, n in zip(*self[:2])]
-        return torch.cat(masks)
+        return torch.cat([pad(mask, (self.leading, 0), value=True) for mask in masks])
 
 
 class Shortened(NamedTuple):
