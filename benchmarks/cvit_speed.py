@@ -182,7 +182,7 @@ def call(variant: Variant, images: torch.Tensor, compiled: Callable[..., Any] | 
 
 
 def make_rows(macs: dict[str, float], found: dict[int, dict[str, float]], keep: float) -> list[dict[str, str]]:
-    """A row for each variant: GMACs, images a second with their ratio to the plain model's; shares of the ideal last."""
+    """A row for each variant: GMACs, images a second with their ratio to the plain model; shares of the ideal last."""
     rows = []
     for name, count in macs.items():
         row = {"model": name, "GMACs an image": f"{count / 1e9:.2f} ({count / macs[PLAIN]:.2f}x)"}

@@ -74,3 +74,28 @@ def test_the_code_of_the_readme_runs(monkeypatch):
     assert len(code) >= 4
     for block in code:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_code_of_the_page_on_vision_language_models_runs(capsys):
+    """On a tiny LLaVA and a tiny CLIP, all of one page as one script."""
+    import torch
+    from PIL import Image
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+    from vlm_small import TEXT, TOWER, build, tokenizer
+
+    vlm, processor = build("llava_clip")
+    vision = {**TOWER, "image_size": 32, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config={**TEXT, "max_position_embeddings": 77})).eval()
+    photo, question = Image.effect_mandelbrot((60, 50), (-3, -2.5, 2, 2.5), 50).convert("RGB"), "is it a cat"
+    names = {
+        "vlm": vlm, "processor": processor, "photo": photo, "prompt": f"<image> {question}", "question": question,
+        "images": torch.randn(2, 3, 64, 64), "clip": clip, "samples": [(photo, question, "no"), (photo, question, "")],
+        "clip_processor": CLIPProcessor(processor.image_processor, tokenizer()),
+    }  # fmt: skip
+    for block in blocks(PAGES["vision_language.md"], "python"):
+        exec(compile(block, "vision_language.md", "exec"), names)
+    assert names["weights"][0].shape == (4, 4) and len(names["order"]) == 1
+    assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(table) == 12 and len({share for _, keep, share in table if keep == "1"}) == 1  # the stock model
+    assert all(float(share) in (0.5, 1.0) for _, _, share in table)  # everything begins with ""

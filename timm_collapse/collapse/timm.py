@@ -106,7 +106,7 @@ class CollapsedTimm(Collapsed):
 
     def _features(self, selection: Selection | None, x: Tensor, *args, **kwargs) -> Tensor:
         if selection is not None:
-            self._refuse_masks(args, kwargs)
+            self._refuse_arguments(args, kwargs)
             args, kwargs = (), self._with_bias(selection, kwargs)
         return self.carrier.run(selection, super().forward_features, x, *args, **kwargs)
 
@@ -139,7 +139,7 @@ class CollapsedTimm(Collapsed):
         which = [given.get(name) for name in self._before_norm]
         if selection is None:
             return plain(x, *which, norm, stop_early, output_fmt, intermediates_only, *args, **kwargs)
-        self._refuse_masks((), kwargs)
+        self._refuse_arguments((), kwargs)
         if args or kwargs.get("output_dict"):
             raise CollapseError("output_dict must be False while patches are dropped, got True")
         if output_fmt not in ("NCHW", "NLC"):
@@ -200,8 +200,8 @@ class CollapsedTimm(Collapsed):
         fits = areas is not None and x.shape[1] == self.num_prefix_tokens + plan.num_kept + areas.shape[1]
         return areas if fits else None  # others are of a forward pass with all patches
 
-    def _refuse_masks(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Attention masks have no meaning while patches are dropped."""
+    def _refuse_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raises CollapseError for arguments that have no meaning while patches are dropped: attention masks."""
         attn_mask = kwargs.get("attn_mask", args[0] if args else None)
         is_causal = kwargs.get("is_causal", args[1] if len(args) > 1 else False)
         if attn_mask is not None:

@@ -179,7 +179,8 @@ class CollapsedGemma4(CollapsedCells):
         encoder = self._encoder()
         return encoder.pooling_kernel_size if encoder.global_pool == "soft" else 1
 
-    def _refuse_masks(self, args: tuple, kwargs: dict) -> None:
+    def _refuse_arguments(self, args: tuple, kwargs: dict) -> None:
+        """As `CollapsedTimm`'s: those of a patchified batch."""
         for name, value in {**dict(zip(("patch_coord", "patch_valid"), args)), **kwargs}.items():
             if name in ("patch_coord", "patch_valid") and value is not None:
                 raise CollapseError(
@@ -212,7 +213,7 @@ class CollapsedGemma4(CollapsedCells):
         if order is None and self.keep == 1:
             plain = super(Collapsed, self).forward_intermediates
             return plain(x, patch_coord, patch_valid, indices, *rest, **kwargs)
-        self._refuse_masks((patch_coord, patch_valid), {})
+        self._refuse_arguments((patch_coord, patch_valid), {})
         return super().forward_intermediates(x, indices, False, *rest, order=order, **kwargs)
 
 
@@ -223,5 +224,5 @@ class CollapsedGemma4Encoder(CollapsedGemma4):
         """As the plain model's, for the kept cells; `order` takes the place of the orderer's."""
         selection = self.select(x, order)
         if selection is not None:
-            self._refuse_masks((patch_coord, patch_valid), {})
+            self._refuse_arguments((patch_coord, patch_valid), {})
         return self.carrier.run(selection, super(Collapsed, self).forward, x, patch_coord, patch_valid)

@@ -55,7 +55,9 @@ class CollapsedIdefics3(CollapsedVlm):
         tokens = gather_tokens(tokens, patches)
         module = transformers_module(tower)
         mask = module.create_bidirectional_mask(
-            config=tower.config, inputs_embeds=tokens, attention_mask=inside.flatten(1).gather(1, patches)
+            config=tower.config,
+            inputs_embeds=tokens,
+            attention_mask=inside.to(patches.device).flatten(1).gather(1, patches),
         )
         hidden = tower.post_layernorm(tower.encoder(inputs_embeds=tokens, attention_mask=mask).last_hidden_state)
         features = connector.modality_projection(hidden.unflatten(1, (-1, s * s)).flatten(2))
