@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import nn
 from vlm_small import FAMILIES, IMAGE, SHUFFLED, TOWER, build, inputs_of, photos, prompt
@@ -332,6 +333,19 @@ def test_compiled_prefill(pair):
     expected = model(**inputs, order=orders_of(model, inputs)).logits
     compiled = torch.compile(model, backend="eager")
     assert torch.allclose(compiled(**inputs, order=orders_of(model, inputs)).logits, expected, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["llava_clip", "qwen3"])
+def test_steps_of_generate_are_compiled_in_one_graph(pair):
+    """As transformers does by itself on a GPU, with a static cache."""
+    name, _, model, processor = pair
+    inputs = inputs_of(name, processor)
+    how = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3, "order": orders_of(model, inputs)}
+    config = transformers.CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    got = model.generate(**inputs, **how, cache_implementation="static", compile_config=config)
+    assert hasattr(model, "_compiled_call") and torch.equal(got, model.generate(**inputs, **how))
     torch._dynamo.reset()
 
 

@@ -109,11 +109,9 @@ class CollapsedVlm(HoldsOrderer):
                 orders[numbers[i]] = found[i]
         return orders
 
-    def _order(
-        self, images: Tensor, grid: tuple[int, int], upto: int | None = None, weights: Tensor | None = None
-    ) -> Order:
+    def _order(self, images: Tensor, grid: tuple[int, int], **how) -> Order:
         images = self.normalisation.to(Normalisation.of(self.orderer), images.float())
-        return self.orderer_on(images.device)(images, grid=grid, upto=upto, weights=weights)
+        return self.orderer_on(images.device)(images, grid=grid, **how)
 
     @torch.no_grad()
     def compute_kept(self, inputs: dict[str, Any], order: Order | list[Order] | None = None) -> Kept:
@@ -139,7 +137,7 @@ class CollapsedVlm(HoldsOrderer):
             n = grid[0] * grid[1]
             budget = resolve_keep(self.keep, n)
             if order is None:
-                of_group = self._order(images, grid, budget)
+                of_group = self._order(images, grid, upto=budget, check=False)  # no value is read back from a GPU
             else:
                 given = [order[i] for i in numbers]
                 for one in given:
