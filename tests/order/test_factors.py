@@ -1,7 +1,17 @@
+import math
+
 import pytest
 import torch
 
-from timm_collapse.order import condition, expected_errors, parallel_order, single_errors
+from timm_collapse.order import (
+    CollapseError,
+    condition,
+    expected_errors,
+    neighbour_kernel,
+    parallel_order,
+    parallel_picks,
+    single_errors,
+)
 
 
 @pytest.fixture
@@ -148,6 +158,56 @@ def test_redundant_twin_comes_late():
     g = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 0.9], [0.9, 0.0], [0.0, 0.5]]])
     order = parallel_order(g, torch.full((1, 5), 1e-3))
     assert order[0, 0].item() in (0, 1) and order[0, 1].item() == 2
+
+
+def test_kernel_by_its_formula():
+    kernel = neighbour_kernel((2, 3), 0.3)
+    for i in range(6):
+        for j in range(6):
+            squared = (i // 3 - j // 3) ** 2 + (i % 3 - j % 3) ** 2
+            assert kernel[i, j].item() == pytest.approx(0.3 * math.exp(-squared / 2) if squared else 1.0)
+    assert torch.equal(neighbour_kernel((2, 3), 0.0), torch.eye(6))
+    for wrong in (1.0, -0.1):
+        with pytest.raises(CollapseError, match=r"strength must be in \[0, 1\), got"):
+            neighbour_kernel((2, 3), wrong)
+
+
+def test_neighbours_share_what_the_kernel_says(model):
+    """Slow reference on one image: 1 - (1 - rho^2)(1 - k) is shared, in gains and in shares."""
+    g, d = model
+    kernel = neighbour_kernel((3, 4), 0.5).double()
+    for b in range(3):
+        c = covariance(g[b], d[b])
+        rho2 = (c - torch.diag(d[b].double())).square() / (c.diagonal() * c.diagonal().unsqueeze(1))
+        shared = 1 - (1 - rho2) * (1 - kernel)
+        s = c.diagonal().sqrt()
+        gains = [s[j] + sum(s[n] * shared[j, n] / 2 for n in range(12) if n != j) for j in range(12)]
+        shares = {}
+        for j in sorted(range(12), key=lambda j: gains[j], reverse=True):
+            shares[j] = 1 - sum(shares[i] * shared[j, i] for i in shares)
+        expected = sorted(range(12), key=lambda j: float(gains[j] * shares[j]), reverse=True)
+        assert parallel_order(g[b : b + 1], d[b : b + 1], None, 1, None, kernel)[0].tolist() == expected
+    assert torch.equal(parallel_order(g, d, kernel=torch.eye(12)), parallel_order(g, d))
+
+
+def test_candidates_are_ordered_among_themselves_and_the_others_by_their_gain(model):
+    g, d = model
+    revealed = torch.zeros(3, 12, dtype=torch.bool).index_fill(1, torch.tensor([2, 7]), True)
+    ahead, others = parallel_picks(g, d, revealed, candidates=5)
+    for b in range(3):
+        gains = first_order_gains(covariance(g[b], d[b]), [2, 7])
+        by_gain = gains.argsort(descending=True, stable=True).tolist()
+        assert sorted(ahead[b].tolist()) == sorted(by_gain[:5]) and others[b].tolist() == by_gain[5:]
+        rho2 = (covariance(g[b], d[b]) - torch.diag(d[b].double())).square()
+        rho2 /= covariance(g[b], d[b]).diagonal() * covariance(g[b], d[b]).diagonal().unsqueeze(1)
+        scores = dict(enumerate(gains.tolist()))
+        for _ in range(3):
+            shares = {}
+            for j in sorted(by_gain[:5], key=scores.get, reverse=True):
+                shares[j] = 1 - sum(shares[i] * rho2[j, i] for i in shares)
+            scores = {j: float(gains[j] * shares[j]) for j in shares}
+        assert ahead[b].tolist() == sorted(scores, key=scores.get, reverse=True)
+    assert torch.equal(parallel_picks(g, d, revealed, candidates=10)[0], parallel_order(g, d, revealed)[:, :10])
 
 
 def test_it_leaves_hardly_more_than_greedy_choice():

@@ -14,7 +14,15 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..order import CollapseError, check_images, condition, expected_errors, parallel_order, single_errors
+from ..order import (
+    CollapseError,
+    check_images,
+    condition,
+    expected_errors,
+    neighbour_kernel,
+    parallel_picks,
+    single_errors,
+)
 from ..order.precision import without_autocast
 from .registry import build, pixel_cfg
 from .tokenizer import patchify, resize_images
@@ -39,7 +47,8 @@ class Ranker(nn.Module):
         phases: Shares of the patches, ascending from 0, at which the factors are predicted anew, given what is visible.
         cell: Side, in patches, of what one token stands for. 1: one patch, at a rotary position. More: a token predicts
             all of its cell^2 patches, so that there are fewer tokens, at learned positions: far fewer operations.
-        rounds: Of `parallel_order`, in each phase.
+        rounds: Of `parallel_picks`, in each phase.
+        neighbours: Strength of the `neighbour_kernel` that orders are made with, in [0, 1).
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class Ranker(nn.Module):
         phases: tuple[float, ...] = (0.0, 0.03, 0.08, 0.16, 0.26, 0.38, 0.52, 0.7),
         cell: int = 1,
         rounds: int = 3,
+        neighbours: float = 0.0,
     ):
         super().__init__()
         check_phases(phases)
@@ -64,6 +74,7 @@ class Ranker(nn.Module):
         self.static_depth, self.num_factors, self.rounds = static_depth, rank, rounds
         self.grid = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
+        self.register_buffer("kernel", neighbour_kernel(self.grid, neighbours), persistent=False)
         self.cell = cell
         self.embed = nn.Linear(3 * (cell * patch_size) ** 2, dim)
         if cell == 1:
@@ -188,7 +199,7 @@ class Ranker(nn.Module):
         starts = [round(share * n) for share in (self.phases if phases is None else phases)]
         stops = [*starts[1:], upto]
         static = self.static(images)
-        picks, visible, rest = [], None, None
+        picks, visible, rest = [], None, ()
         for start, stop in zip(starts, stops):
             if min(stop, upto) <= start:  # a small grid, or beyond `upto`
                 continue
@@ -196,12 +207,15 @@ class Ranker(nn.Module):
                 before = torch.cat(picks, 1) if len(picks) > 1 else picks[0]
                 # not True: jit.trace knows no bool there
                 visible = torch.zeros(shape, dtype=torch.bool, device=images.device).scatter(1, before, 1)
-            order = parallel_order(*self.factors(static, visible), visible, self.rounds, weights)
-            picks.append(order[:, : min(stop, upto) - start])
-            rest = order[:, min(stop, upto) - start : n - start]
+            places = min(stop, upto) - start
+            candidates = min(n - start, max(places, (n + 1) // 2))  # as good as all, at a quarter of the operations
+            factors = self.factors(static, visible)
+            ahead, others = parallel_picks(*factors, visible, self.rounds, weights, self.kernel, candidates)
+            picks.append(ahead[:, :places])
+            rest = ahead[:, places:], others[:, : n - start - candidates]
         scores = torch.linspace(1.0, 1.0 / n, n, device=images.device)
         scores = scores.expand(shape)
-        return torch.empty_like(scores).scatter(1, torch.cat([*picks, rest], 1), scores)
+        return torch.empty_like(scores).scatter(1, torch.cat([*picks, *rest], 1), scores)
 
 
 def _imitation_losses(predicted: Tensor, errors: Tensor, hidden: Tensor) -> dict[str, Tensor]:
@@ -265,7 +279,7 @@ def collapse_ranker_tiny_224(pretrained: bool = False, **kwargs) -> Ranker:
     One block runs once, the others in each phase, three for the first 22%: .12 GMACs.
     """
     phases = (0.0, 0.04, 0.11, 0.23, 0.4, 0.62)
-    defaults = {"img_size": 112, "static_depth": 1, "phases": phases, "cell": 2}
+    defaults = {"img_size": 112, "static_depth": 1, "phases": phases, "cell": 2, "neighbours": 0.3}
     return build(Ranker, "collapse_ranker_tiny_224", pretrained, defaults, kwargs)
 
 
@@ -274,7 +288,9 @@ def collapse_ranker_nano_224(pretrained: bool = False, **kwargs) -> Ranker:
     """For small ViTs: looks at 56 px, 3 blocks, the last one in each phase, two phases for the first 22%: .05 GMACs."""
     defaults = {"img_size": 56, "patch_size": 4, "depth": 3, "static_depth": 2, "rank": 16, "cell": 2, "rounds": 2}
     phases = (0.0, 0.07, 0.23, 0.42)
-    return build(Ranker, "collapse_ranker_nano_224", pretrained, {**defaults, "phases": phases}, kwargs)
+    return build(
+        Ranker, "collapse_ranker_nano_224", pretrained, {**defaults, "phases": phases, "neighbours": 0.3}, kwargs
+    )
 
 
 @register_model
@@ -284,4 +300,5 @@ def collapse_ranker_tiny_224_rerun(pretrained: bool = False, **kwargs) -> Ranker
     The first 22% cost ten times those of `collapse_ranker_tiny_224`.
     """
     phases = (0.0, 0.02, 0.05, 0.09, 0.13, 0.18, 0.24, 0.34, 0.45, 0.6)
-    return build(Ranker, "collapse_ranker_tiny_224_rerun", pretrained, {"img_size": 112, "phases": phases}, kwargs)
+    defaults = {"img_size": 112, "phases": phases, "neighbours": 0.3}
+    return build(Ranker, "collapse_ranker_tiny_224_rerun", pretrained, defaults, kwargs)

@@ -5,7 +5,14 @@ from .bank import ClassOrderBank
 from .baselines import BASELINES, UNCERTAINTIES, baseline_scores
 from .budget import check_keep, check_keeps, parse_keep, resolve_keep
 from .errors import CollapseError, check_grid, check_images
-from .factors import condition, expected_errors, parallel_order, single_errors
+from .factors import (
+    condition,
+    expected_errors,
+    neighbour_kernel,
+    parallel_order,
+    parallel_picks,
+    single_errors,
+)
 from .generation import GENERATION_ORDERS, GenerationOrder, tokens_per_step
 from .hierarchy import HierarchicalGraph, hierarchical_pagerank
 from .order import Order
@@ -40,7 +47,9 @@ __all__ = [
     "jitter_order",
     "mix_random",
     "pagerank",
+    "neighbour_kernel",
     "parallel_order",
+    "parallel_picks",
     "parse_keep",
     "patch_weights",
     "rank_graph",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .errors import CollapseError
 from .order import stable_argsort, stable_sort
 from .precision import without_autocast
 
@@ -82,19 +83,14 @@ def single_errors(loadings: Tensor, noise: Tensor) -> Tensor:
         (B, 1 + N, N): first s, that of every patch; then for each patch j that is revealed s_n sqrt(1 - rho_nj^2), with
         rho the correlation of two patches, but for n = j, where it stays s_j. Differentiable.
     """
-    deviation, shared = _correlations(loadings, noise)
-    others = 1.0 - torch.eye(shared.shape[1], device=shared.device)
-    deviation = deviation.unsqueeze(1)
-    return torch.cat([deviation, deviation * (1.0 - shared * others).clamp_min(1e-6).sqrt()], 1)
-
-
-def _correlations(loadings: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard deviations (B, N), and squared correlations of the factors' parts of two patches (B, N, N)."""
     g = loadings.float()
     with without_autocast(g):
         covariance = torch.bmm(g, g.mT)
         variance = covariance.diagonal(dim1=1, dim2=2) + noise.float()
-        return variance.sqrt(), covariance.square() / variance.unsqueeze(1) / variance.unsqueeze(2)
+        deviation = variance.sqrt().unsqueeze(1)
+        shared = covariance.square() / variance.unsqueeze(1) / variance.unsqueeze(2)
+        others = 1.0 - torch.eye(shared.shape[1], device=shared.device)
+        return torch.cat([deviation, deviation * (1.0 - shared * others).clamp_min(1e-6).sqrt()], 1)
 
 
 @torch.no_grad()
@@ -104,8 +100,27 @@ def parallel_order(
     revealed: Tensor | None = None,
     rounds: int = 3,
     weights: Tensor | None = None,
+    kernel: Tensor | None = None,
 ) -> Tensor:
-    """An order of the patches, all at once: the gain of each is damped by what those ahead of it tell of it.
+    """An order of the patches, all at once: `parallel_picks` where all are candidates.
+
+    Returns:
+        (B, N) long: best first, the revealed ones last.
+    """
+    return parallel_picks(loadings, noise, revealed, rounds, weights, kernel)[0]
+
+
+@torch.no_grad()
+def parallel_picks(
+    loadings: Tensor,
+    noise: Tensor,
+    revealed: Tensor | None = None,
+    rounds: int = 3,
+    weights: Tensor | None = None,
+    kernel: Tensor | None = None,
+    candidates: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The next patches of an order, all at once: the gain of each is damped by what those ahead of it tell of it.
 
     The gain of patch j is its own standard deviation plus what it removes from the others, to first order in their
     variances: sum_n s_n rho_nj^2 / 2. It counts as far as the patch is still unknown when its turn comes: its share is
@@ -120,31 +135,63 @@ def parallel_order(
         revealed: (B, N) bool: already visible; None: nothing is.
         rounds: How often shares are computed, each time in the order that the last ones gave.
         weights: (B, N), >= 0: by how much the deviation of each patch counts in all gains; None: 1 each.
+        kernel: (N, N) in [0, 1), see `neighbour_kernel`: what two patches share by their places alone, beside rho^2 and
+            independent of it. None: nothing.
+        candidates: Shares are worked out for so many patches, those that gain most. At most as many as are hidden.
+            None: for all.
 
     Returns:
-        (B, N) long: best first, the revealed ones last.
+        (B, candidates) long, the candidates, best first; and (B, N - candidates), the others, by their gain, the
+        revealed ones last.
     """
-    deviation, shared = _correlations(loadings, noise)
-    with without_autocast(deviation):
+    g = loadings.float()
+    with without_autocast(g):
+        length = torch.linalg.vector_norm(g, dim=-1)
+        deviation = torch.addcmul(noise.float(), length, length).sqrt()
+        g, ones = g / deviation.unsqueeze(-1), torch.ones_like(deviation).unsqueeze(-1)
+        kernel = torch.eye(g.shape[1], device=g.device) if kernel is None else kernel.float()
+        shared = torch.lerp(torch.bmm(g, g.mT).square(), ones, kernel)  # 1 - (1 - rho^2)(1 - k)
         hidden = deviation if weights is None else deviation * weights
         hidden = hidden if revealed is None else hidden.masked_fill(revealed, 0.0)
-        own = torch.addcmul(hidden, hidden, shared.diagonal(dim1=1, dim2=2), value=-0.5)  # counts wholly, not twice
-        gains = torch.baddbmm(own.unsqueeze(-1), shared, hidden.unsqueeze(-1), alpha=0.5).squeeze(-1)
+        column = hidden.unsqueeze(-1)  # half of it comes from the diagonal, which is 1
+        gains = torch.baddbmm(column, shared, column, beta=0.5, alpha=0.5).squeeze(-1)
         if revealed is not None:
             gains = gains.masked_fill(revealed, -1.0)
         values, order = stable_sort(gains, descending=True)
-        ones, step = torch.ones_like(values).unsqueeze(-1), order
+        values, ahead, others = values[:, :candidates], order[:, :candidates], order[:, candidates:]
+        step, ones = ahead, ones[:, :candidates]
         for left in reversed(range(rounds)):
-            index = step.unsqueeze(-1).expand_as(shared)
-            shared = shared.gather(1, index).gather(2, index.mT)  # [j, i], in the order so far
+            index = step.unsqueeze(-1)
+            shared = shared.gather(1, index.expand(-1, -1, shared.shape[2]))  # [j, i], in the order so far
+            shared = shared.gather(2, index.mT.expand(-1, shared.shape[1], -1))
             share = _substitute(shared.tril(-1), ones).squeeze(-1)
-            if not left and revealed is not None:
+            if not left and revealed is not None and candidates is None:
                 share = share.clamp_min(1e-4)  # the revealed ones, with values below 0, stay last
             step = stable_argsort(values * share, descending=True)
-            order = order.gather(1, step)
+            ahead = ahead.gather(1, step)
             if left:
                 values = values.gather(1, step)
-        return order
+        return ahead, others
+
+
+def neighbour_kernel(grid: tuple[int, int], strength: float) -> Tensor:
+    """What two patches share by their places alone: strength exp(-d^2 / 2) at a distance of d patches, and 1 for d = 0.
+
+    A model of few factors has none for each patch and its neighbours, which every image makes alike.
+
+    Args:
+        grid: Patch grid (h, w).
+        strength: In [0, 1); 0: nothing.
+
+    Returns:
+        (N, N), for `parallel_picks`.
+    """
+    if not 0 <= strength < 1:
+        raise CollapseError(f"strength must be in [0, 1), got {strength}")
+    rows = torch.arange(grid[0]).repeat_interleave(grid[1])
+    columns = torch.arange(grid[1]).repeat(grid[0])
+    squares = sum((x.unsqueeze(0) - x.unsqueeze(1)).square() for x in (rows, columns))
+    return (strength * torch.exp(squares / -2.0)).fill_diagonal_(1.0)
 
 
 def _substitute(lower: Tensor, right: Tensor) -> Tensor:
