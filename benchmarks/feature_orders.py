@@ -84,7 +84,7 @@ def make_orders(names: list[str], vit, images: torch.Tensor) -> dict[str, Order]
     grid = tuple(vit.patch_embed.grid_size)
     orders = {name: CollapseOrder.baseline(name)(images, grid) for name in BASELINES}
     for name in names:
-        timm_collapse.collapse(vit, name)
+        timm_collapse.collapse(vit, name, remainder="none")
         orders[name] = Order.cat([vit.compute_order(part) for part in tqdm(images.split(100), desc=name, leave=False)])
     first, count = orders[names[0]], len(images)
     orders[f"{names[0]}, reversed"] = first.reversed()

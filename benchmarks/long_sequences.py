@@ -72,7 +72,7 @@ def forward(
     """
     torch.manual_seed(0)
     with device():  # weights are drawn there
-        model = timm.create_model(name, img_size=side, keep=keep).to(device())
+        model = timm.create_model(name, img_size=side, keep=keep, remainder="none").to(device())
     batch = torch.randn(images, 3, side, side, device=device())
     model.train(train)
     model.set_grad_checkpointing(train)

@@ -17,15 +17,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm.auto import tqdm
 from vit_cells import Cell, curves, report
 from vit_orders import OWN_ORDERS
+from vit_probe import first_blocks, linear_probe
 
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse import CollapseError, CollapseOrder, Order
@@ -111,9 +108,7 @@ class Bench:
 
     def build(self, img_size: int):
         """The ViT for images of one size."""
-        vit = timm.create_model(self.args.model, pretrained=True, img_size=img_size).eval()
-        if self.args.blocks:
-            vit.blocks = vit.blocks[: self.args.blocks]
+        vit = first_blocks(self.args.model, img_size, self.args.blocks)
         if self.args.probe:
             vit.reset_classifier(0)
         elif not vit.num_classes:
@@ -145,15 +140,8 @@ class Bench:
             torch.arange(len(batches.dataset)) * len(dataset) // len(batches.dataset)
         ]
         features = self.cached("train", lambda: torch.cat([self.run(self.vit, images) for images, _ in tqdm(batches)]))
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500)).fit(features, labels)
-        columns = torch.full((int(max(labels.max(), self.labels.max())) + 1,), -1e4)  # classes that it never saw
-
-        def classify(found: Tensor) -> Tensor:
-            logits = columns.repeat(len(found), 1)
-            logits[:, probe.classes_] = torch.as_tensor(probe.decision_function(found), dtype=torch.float32)
-            return logits
-
-        return classify
+        probe = linear_probe(features, labels, int(max(labels.max(), self.labels.max())) + 1)
+        return probe.requires_grad_(False)
 
     def twin(self, name: str):
         """The ViT collapsed with an orderer."""

@@ -20,7 +20,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
+from torch import nn
 
 from timm_collapse import CollapseError, Order, collapse
 from timm_collapse.collapse import Collapsed
@@ -58,6 +60,9 @@ class Args(TrainArgs):
     coarse_share: list[float] = field(
         default_factory=lambda: [0.5], metadata={"help": "Share of the budget for coarse tokens; of several, as above."}
     )
+    area_bias: float = field(
+        default=0.0, metadata={"help": "How much tokens of several patches count for their number, see `collapse`."}
+    )
     order_table: str = field(
         default="",
         metadata={"help": "Folder of the data set's orders, made if missing: nothing is ordered while training, and "
@@ -71,13 +76,16 @@ class Args(TrainArgs):
         default=0.0, metadata={"help": "Weight of the divergence from the model's own output on the whole image."}
     )
     layer_decay: float = field(default=1.0, metadata={"help": "Learning rate factor a layer, from the head down."})
+    freeze: int = field(
+        default=0, metadata={"help": "So many first blocks, and the embeddings, stay as they are; 0: all is trained."}
+    )
     val_split: str = field(default="validation", metadata={"help": "Split for the final accuracy; empty for none."})
 
     def __post_init__(self):
         super().__post_init__()
         parse_keep(str(self.keep))
         self.budget(0.5)
-        self.check_range("jitter", "mixup", "distill")
+        self.check_range("jitter", "mixup", "distill", "area_bias", "freeze")
         self.check_range("random_orders", "crop_scale", "layer_decay", high=1)
         if self.order_table and self.mixup:
             raise CollapseError("order_table: has the orders of single images, so mixup must be 0")
@@ -109,15 +117,19 @@ def main() -> None:
     dataset, num_classes = open_dataset(args.dataset, args.split, args.part, labelled=True)
     source = {"pretrained": True, "pretrained_cfg_overlay": pretrained_source(args.init)} if args.init else {}
     cvit = create_model(args, num_classes=num_classes, **source)
+    settings = {"keep": keep, "remainder": args.remainder[0], "coarse_share": args.coarse_share[0]}
+    settings["area_bias"] = args.area_bias
     if args.orderer or not isinstance(cvit, Collapsed):
-        collapse(cvit, args.orderer or "collapse_ranker_tiny_224", keep, args.remainder[0], args.coarse_share[0])
+        collapse(cvit, args.orderer or "collapse_ranker_tiny_224", **settings)
     else:  # it has its orderer, perhaps one that lies beside its weights
-        cvit.keep, cvit.remainder, cvit.coarse_share = keep, args.remainder[0], args.coarse_share[0]
+        for name, value in settings.items():
+            setattr(cvit, name, value)
     orderer, cfg = args.orderer or cvit._model_args["orderer"], cvit.pretrained_cfg
     size = cvit.patch_embed.img_size[0] if hasattr(cvit, "patch_embed") else cfg["input_size"][-1]  # NaFlexVit: any
     grid = cvit.image_grid(torch.empty(1, 3, size, size))
     num_patches = grid[0] * grid[1]
     check_budgets(args, cvit, grid)
+    freeze_first(cvit, args.freeze)
     groups = param_groups_layer_decay(cvit, args.weight_decay, cvit.no_weight_decay(), layer_decay=args.layer_decay)
 
     # the images; with a table of orders, (image, label, ranks)
@@ -182,6 +194,22 @@ def main() -> None:
             accuracy = dict(zip(curve.keeps, curve.top1))
             print("top-1:", ", ".join(f"{value:.1f}% at keep {keep:g}" for keep, value in accuracy.items()))
             save_model(model, args.output, recipe=args, validation_top1=accuracy)
+
+
+def freeze_first(vit: nn.Module, blocks: int) -> None:
+    """No gradients for the embeddings and the first blocks of a timm model; 0: all have them.
+
+    Raises:
+        CollapseError: More blocks than there are.
+    """
+    if not blocks:
+        return
+    layers = group_parameters(vit, vit.group_matcher(), reverse=True)  # name -> 0, 1 (block 0) ...
+    if blocks > (depth := len(vit.blocks)):
+        raise CollapseError(f"freeze: must be in [0, {depth}], the model's blocks, got {blocks}")
+    for name, parameter in vit.named_parameters():
+        if layers[name] <= blocks:
+            parameter.requires_grad_(False)
 
 
 def check_budgets(args: Args, cvit: Collapsed, grid: tuple[int, int]) -> None:

@@ -116,7 +116,7 @@ def train_on_ranker(args: Args, model: Ranker) -> None:
 def train_on_features(args: Args, model: Ranker) -> None:
     teacher = timm.create_model(args.teacher, pretrained=not args.dry_run)
     cfg = teacher.pretrained_cfg
-    collapse(teacher, "random")  # only given orders are used
+    collapse(teacher, "random", remainder="none")  # only given orders are used
     size = teacher.patch_embed.img_size
     check_grid(model, teacher.patch_embed.grid_size, "teacher")
     run = start_run(args, model, *open_images(args, size[0], cfg), methods=METHODS)

@@ -26,7 +26,7 @@ def orderer():
 @pytest.mark.parametrize("name", ["random", "raster", "centre", "halton", "bayer", "variance", "gradient"])
 def test_baselines_order_images_of_any_channels(name, channels):
     images = torch.randn(2, channels, 64, 64)
-    model = collapse(vit(in_chans=channels), name, keep=0.25)
+    model = collapse(vit(in_chans=channels), name, keep=0.25, remainder="none")
     assert model.forward_features(images).shape == (2, 5, 32)
     assert len(model.normalisation.mean) == channels
     if name in ("raster", "centre", "halton", "bayer"):
@@ -36,7 +36,7 @@ def test_baselines_order_images_of_any_channels(name, channels):
 
 def test_a_ranker_takes_grey_as_rgb_and_refuses_four_channels():
     own, grey = orderer(), torch.rand(2, 1, 64, 64)
-    model = collapse(vit(in_chans=1), own, keep=0.25, mean=0.3, std=(0.2,))
+    model = collapse(vit(in_chans=1), own, keep=0.25, mean=0.3, std=(0.2,), remainder="none")
     rgb = Normalisation.of(own).apply(grey.expand(-1, 3, -1, -1))
     found = model.compute_order((grey - 0.3) / 0.2)
     assert torch.equal(found.indices[:, :4], own(rgb, grid=(4, 4)).indices[:, :4])
@@ -48,7 +48,7 @@ def test_a_ranker_takes_grey_as_rgb_and_refuses_four_channels():
 
 @pytest.mark.parametrize("own, given", [(1, 3), (3, 1)])
 def test_images_of_other_channels_than_the_models_are_refused(own, given):
-    model = collapse(vit(in_chans=own), "bayer", keep=0.25)
+    model = collapse(vit(in_chans=own), "bayer", keep=0.25, remainder="none")
     with pytest.raises(CollapseError, match=f"images must have {own} channels, as the model's, got a float32 tensor"):
         model(torch.rand(2, given, 64, 64))
 
@@ -95,7 +95,7 @@ def test_a_failed_collapse_leaves_the_model_as_it_was():
 
 
 def test_sizes_that_the_positions_are_not_made_for_are_refused():
-    model = collapse(vit(), "bayer", keep=0.5)
+    model = collapse(vit(), "bayer", keep=0.5, remainder="none")
     model.patch_embed.strict_img_size = False
     for size in ((32, 32), (64, 128), (96, 96)):
         with pytest.raises(CollapseError, match=r"patch grid of the model's positions, \(4, 4\)"):
@@ -109,7 +109,7 @@ def test_what_is_over_at_the_border_is_dropped_as_by_plain_transformers(name):
     model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**SMALL)).eval()
     images = torch.randn(2, 3, 35, 45)
     cropped, plain = images[..., :32, :40], model(images).last_hidden_state
-    collapse(model, "variance", keep=1)
+    collapse(model, "variance", keep=1, remainder="none")
     assert torch.equal(model(images).last_hidden_state, plain)
     model.keep = 0.5
     order = Order(torch.rand(2, 20), (4, 5))

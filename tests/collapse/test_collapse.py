@@ -44,7 +44,7 @@ IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 def test_collapse_is_in_place_and_plain_checkpoints_load():
     plain, model = vit(), vit()
     state = plain.state_dict()
-    assert collapse(model, orderer()) is model
+    assert collapse(model, orderer(), remainder="none") is model
     assert isinstance(model, (type(plain), Collapsed)) and type(model).__name__ == "CollapsedVisionTransformer"
     assert list(model.state_dict()) == list(state)
     assert not any("orderer" in key for key in model.state_dict())
@@ -57,7 +57,7 @@ def test_collapse_is_in_place_and_plain_checkpoints_load():
 
 
 def test_loading_does_not_change_the_given_state_dict():
-    model = collapse(vit(), orderer())
+    model = collapse(vit(), orderer(), remainder="none")
     state = vit().state_dict()
     keys = list(state)
     model.load_state_dict(state)
@@ -65,9 +65,9 @@ def test_loading_does_not_change_the_given_state_dict():
 
 
 def test_collapsing_again_changes_the_orderer_and_still_embeds_only_kept_patches():
-    model = collapse(vit(), "raster", keep=0.25)
+    model = collapse(vit(), "raster", keep=0.25, remainder="none")
     assert model.compute_order(IMAGES).keep(4).tolist() == [[0, 1, 2, 3]] * 2
-    collapse(model, "centre", keep=0.5)
+    collapse(model, "centre", keep=0.5, remainder="none")
     assert model.compute_order(IMAGES).keep(4).tolist() == [[5, 6, 9, 10]] * 2
     seen = []
     model.patch_embed.register_forward_hook(lambda module, args, out: seen.append((out != 0).any(-1).sum(1)))
@@ -90,7 +90,7 @@ def test_copies_and_pickles_give_the_same_logits_and_are_independent():
 
 
 def test_average_of_weights_leaves_the_orderer_alone():
-    model = collapse(vit(), orderer(), keep=0.5)
+    model = collapse(vit(), orderer(), keep=0.5, remainder="none")
     ema = ModelEmaV3(model, decay=0.5)
     before = copy.deepcopy(ema.module.orderer.state_dict())
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_average_of_weights_leaves_the_orderer_alone():
 
 
 def test_the_orderer_stays_frozen_and_in_eval_mode():
-    model = collapse(vit(), orderer(), keep=0.5).train()
+    model = collapse(vit(), orderer(), keep=0.5, remainder="none").train()
     assert model.training and not any(m.training for m in model.orderer.modules())
     model.requires_grad_(True)
     assert not any(p.requires_grad for p in model.orderer.parameters()) and model.head.weight.requires_grad
@@ -114,20 +114,23 @@ def test_the_orderer_stays_frozen_and_in_eval_mode():
 
 
 def test_reset_classifier_and_features():
-    model = collapse(vit(), "bayer", keep=0.5)
+    model = collapse(vit(), "bayer", keep=0.5, remainder="none")
     model.reset_classifier(7, "avg")
     order = order_of()
     features = model.forward_features(IMAGES, order=order)
     assert model(IMAGES, order=order).shape == (2, 7)
     assert torch.allclose(model.forward_head(features, pre_logits=True), model.fc_norm(features[:, 1:].mean(1)))
-    net = FeatureGetterNet(collapse(vit(), "raster", keep=0.25), out_indices=(0, 1))
+    net = FeatureGetterNet(collapse(vit(), "raster", keep=0.25, remainder="none"), out_indices=(0, 1))
     maps = net(IMAGES)
     assert [tuple(m.shape) for m in maps] == [(2, 32, 4, 4)] * 2
     assert all((m[:, :, 0] != 0).all() and (m[:, :, 1:] == 0).all() for m in maps)
 
 
 def test_prefix_tokens_come_with_the_intermediates():
-    model, order = collapse(vit("vit_small_patch14_reg4_dinov2", img_size=56), "bayer", keep=0.25), order_of()
+    model, order = (
+        collapse(vit("vit_small_patch14_reg4_dinov2", img_size=56), "bayer", keep=0.25, remainder="none"),
+        order_of(),
+    )
     images = torch.randn(2, 3, 56, 56)
     features, entries = model.forward_intermediates(images, norm=True, return_prefix_tokens=True, order=order)
     spatial, prefix = entries[-1]
@@ -138,7 +141,7 @@ def test_prefix_tokens_come_with_the_intermediates():
 
 
 def test_keep_may_change_at_any_time_and_may_be_a_count():
-    model = collapse(vit(), "bayer", keep=0.25)
+    model = collapse(vit(), "bayer", keep=0.25, remainder="none")
     for keep, count in ((0.25, 4), (5, 5), (0.5, 8), (1, 16), (16, 16), (1.0, 16), (2, 2), (0.01, 1)):
         model.keep = keep
         assert model.forward_features(IMAGES).shape[1] == 1 + count
@@ -148,7 +151,7 @@ def test_keep_may_change_at_any_time_and_may_be_a_count():
 
 
 def test_the_order_is_the_orderers_or_the_given_one():
-    model = collapse(vit(), orderer(), keep=0.25, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    model = collapse(vit(), orderer(), keep=0.25, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), remainder="none")
     images = IMAGES * torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
     own, scale = model.orderer, [torch.tensor(t).view(3, 1, 1) for t in (model.orderer.mean, model.orderer.std)]
     order = own((images - scale[0]) / scale[1], grid=(4, 4), upto=4)

@@ -82,7 +82,7 @@ def test_dropped_patches_are_as_if_masked_out_of_attention(family):
     kept = order.keep(0.22)
     reference = masked_features(model, images, kept, 30)
     full = model.forward_features(images)
-    collapse(model, NoOrder(), keep=0.22)
+    collapse(model, NoOrder(), keep=0.22, remainder="none")
     with torch.no_grad():
         features, logits = model.forward_features(images, order=order), model(images, order=order)
     assert features.shape[1] == model.num_prefix_tokens + 7
@@ -108,7 +108,7 @@ def test_keep_1_is_the_plain_model_bit_for_bit(family):
     model, images, _ = make(family)
     plain = copy.deepcopy(model)
     names = list(model.state_dict())
-    assert collapse(model, NoOrder(), keep=1) is model and isinstance(model, type(plain))
+    assert collapse(model, NoOrder(), keep=1, remainder="none") is model and isinstance(model, type(plain))
     assert list(model.state_dict()) == names
     assert torch.equal(model(images), plain(images))
     assert torch.equal(model.forward_features(images), plain.forward_features(images))
@@ -122,7 +122,7 @@ def test_keep_1_is_the_plain_model_bit_for_bit(family):
 @families
 def test_intermediates_lie_on_the_grid(family):
     model, images, order = make(family)
-    collapse(model, "bayer", keep=0.22)
+    collapse(model, "bayer", keep=0.22, remainder="none")
     index = order.keep(0.22).unsqueeze(-1).expand(-1, -1, 64)
     features, (first, last) = model.forward_intermediates(images, indices=2, output_fmt="NLC", order=order)
     assert (features - model.forward_features(images, order=order)).abs().max() <= 1e-5
@@ -168,10 +168,10 @@ def test_naflex_takes_patchified_batches_only_where_all_are_kept():
     coord = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), -1).flatten(0, 1).expand(2, -1, -1)
     batch = {"patches": patches, "patch_coord": coord, "patch_valid": torch.ones(2, 30, dtype=torch.bool)}
     plain = model(batch)
-    collapse(model, NoOrder(), keep=1)
+    collapse(model, NoOrder(), keep=1, remainder="none")
     assert torch.equal(model(batch), plain)
     assert torch.equal(model(**{"x": patches, "patch_coord": coord, "patch_valid": batch["patch_valid"]}), plain)
-    collapse(model, "bayer", keep=0.5)
+    collapse(model, "bayer", keep=0.5, remainder="none")
     for call in (
         lambda: model(batch),
         lambda: model(patches, coord, batch["patch_valid"]),
@@ -190,7 +190,7 @@ def test_naflex_takes_patchified_batches_only_where_all_are_kept():
 @pytest.mark.parametrize("family", ["beit", "beit shared bias", "class token", "eva rope", "eva rope and absolute"])
 def test_a_new_input_size_works(family):
     model, images, _ = make(family)
-    collapse(model, "bayer", keep=0.25)
+    collapse(model, "bayer", keep=0.25, remainder="none")
     patch = images.shape[-1] // GRID[1]
     model.set_input_size(img_size=(4 * patch, 8 * patch))
     images, order = torch.randn(2, 3, 4 * patch, 8 * patch), Order(torch.rand(2, 32), (4, 8))
@@ -315,7 +315,7 @@ def test_none_is_silently_wrong():
         reference = masked_features(model, images, kept, order.num_patches)
         with torch.no_grad():
             full = model.forward_features(images)
-            collapse(model, NoOrder(), keep=0.3)
+            collapse(model, NoOrder(), keep=0.3, remainder="none")
             features = model.forward_features(images, order=order)
         worst = (features - reference).abs().max() / reference.abs().max().clamp_min(1)
         assert features.shape == reference.shape and worst <= 1e-5, (name, float(worst))

@@ -92,7 +92,7 @@ def test_kept_tokens_are_those_of_a_forward_that_masks_the_dropped_ones(name, si
     with monkeypatch.context() as patch:
         patch.setattr(nn.functional, "scaled_dot_product_attention", masked)
         expected = model(images, output_hidden_states=True, **kwargs).hidden_states
-    assert collapse(model, Refusing("raster"), keep=0.25) is model and isinstance(model, Collapsed)
+    assert collapse(model, Refusing("raster"), keep=0.25, remainder="none") is model and isinstance(model, Collapsed)
     hidden = model(images, order=order, output_hidden_states=True, **kwargs).hidden_states
     assert len(hidden) == len(expected) == 3
     for ours, theirs in zip(hidden, expected):
@@ -105,7 +105,7 @@ def test_keeping_all_is_the_plain_model_bit_for_bit_without_an_order(name):
     model, images = build(name), torch.randn(2, 3, 32, 32)
     keys = list(model.state_dict())
     plain = model(images, output_hidden_states=True)
-    collapse(model, Refusing("raster"), keep=1)
+    collapse(model, Refusing("raster"), keep=1, remainder="none")
     assert same(model(images, output_hidden_states=True), plain)
     assert list(model.state_dict()) == keys
     model.keep = 0.5
@@ -117,7 +117,7 @@ def test_keeping_all_is_the_plain_model_bit_for_bit_without_an_order(name):
 
 @each_trunk
 def test_keep_changes_at_run_time_and_dropped_patches_are_not_embedded(name):
-    model, images = collapse(build(name), "gradient", keep=0.25), torch.randn(2, 3, 32, 32)
+    model, images = collapse(build(name), "gradient", keep=0.25, remainder="none"), torch.randn(2, 3, 32, 32)
     order = model.compute_order(images)
     for keep, count in ((0.25, 4), (0.5, 8), (3, 3), (1.0, 16), (0.1, 2)):
         model.keep = keep
@@ -161,7 +161,11 @@ def test_coarse_tokens_stand_for_their_cells(name):
 
 @each_head
 def test_heads_read_the_kept_tokens(name):
-    model, images, p = collapse(build(name), "halton", keep=0.5), torch.randn(2, 3, 32, 32), prefix(name)
+    model, images, p = (
+        collapse(build(name), "halton", keep=0.5, remainder="none"),
+        torch.randn(2, 3, 32, 32),
+        prefix(name),
+    )
     tokens = seen(trunk(model), model, images).last_hidden_state
     output = model(pixel_values=images, labels=torch.tensor([0, 2]))
     mean = tokens[:, p:].mean(1)
@@ -198,12 +202,12 @@ def test_checkpoints_are_plain(name, tmp_path):
     model, images = build(name), torch.randn(2, 3, 32, 32)
     plain = model(images)
     model.save_pretrained(tmp_path / "plain")
-    collapse(model, small_ranker(), keep=0.25).save_pretrained(tmp_path / "collapsed")
+    collapse(model, small_ranker(), keep=0.25, remainder="none").save_pretrained(tmp_path / "collapsed")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "collapsed" / file).read_bytes()
     loaded = type(build(name)).from_pretrained(tmp_path / "collapsed")
     assert not isinstance(loaded, Collapsed) and same(loaded(images), plain)
-    again = collapse(loaded, "gradient", keep=0.25)
+    again = collapse(loaded, "gradient", keep=0.25, remainder="none")
     order = model.compute_order(images)
     assert same(again(images, order=order), model(images, order=order))
     assert not model.load_state_dict(again.state_dict()).missing_keys
@@ -248,9 +252,9 @@ def test_the_orderer_gets_images_in_its_own_normalisation(name, mean, std):
     orderers = CollapseOrder.baseline("gradient"), small_ranker()
     for orderer in orderers:
         orderer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    model = collapse(build(f"{name}Model"), orderers[0], keep=0.5)
+    model = collapse(build(f"{name}Model"), orderers[0], keep=0.5, remainder="none")
     model(images)
-    collapse(model, orderers[1], keep=0.5, mean=(0.2,) * 3, std=(0.1,) * 3)(images.half())
+    collapse(model, orderers[1], keep=0.5, mean=(0.2,) * 3, std=(0.1,) * 3, remainder="none")(images.half())
     assert torch.allclose(inputs[0][:, 0], (images[:, 0] * std + mean - 0.5) / 0.5, atol=1e-3)
     expected = (images[:, 0] * 0.1 + 0.2 - orderers[1].mean[0]) / orderers[1].std[0]
     assert inputs[1].dtype == torch.float32 and torch.allclose(inputs[1][:, 0], expected, atol=1e-2)
@@ -260,7 +264,7 @@ def test_the_orderer_gets_images_in_its_own_normalisation(name, mean, std):
 def test_dual_encoders_use_their_collapsed_tower(name, tmp_path):
     model, images = build(f"{name}Model"), torch.randn(2, 3, 32, 32)
     keys, plain = list(model.state_dict()), model.vision_model(images)
-    tower = collapse(model.vision_model, "gradient", keep=0.25)
+    tower = collapse(model.vision_model, "gradient", keep=0.25, remainder="none")
     output = seen(tower, model.get_image_features, pixel_values=images)
     assert output.last_hidden_state.shape[1] == prefix(f"{name}Model") + 4
     assert torch.equal(output.last_hidden_state, tower(images).last_hidden_state)
@@ -272,7 +276,7 @@ def test_dual_encoders_use_their_collapsed_tower(name, tmp_path):
 
 def test_wrong_inputs_are_named():
     images, order = torch.randn(2, 3, 32, 32), Order(torch.rand(2, 16), (4, 4))
-    vit, dino = (collapse(build(name), "raster", keep=0.5) for name in ("ViTModel", "Dinov2Model"))
+    vit, dino = (collapse(build(name), "raster", keep=0.5, remainder="none") for name in ("ViTModel", "Dinov2Model"))
     masked = torch.zeros(2, 16, dtype=torch.bool)
     for call, message in (
         (lambda: vit(images, order=order[0]), "2 images of the batch"),
@@ -296,7 +300,7 @@ def test_models_that_cannot_be_collapsed_are_refused_with_the_reason():
     swin = transformers.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1], num_heads=[1], window_size=2)
     convnext = transformers.ConvNextConfig(num_stages=1, hidden_sizes=[8], depths=[1])
     whole, hooked = build("ViTForImageClassification"), build("ViTModel")
-    collapse(whole.vit, "raster", keep=0.5)
+    collapse(whole.vit, "raster", keep=0.5, remainder="none")
     hooked.forward = hooked.forward
     for model, message in (
         (transformers.SwinModel(swin), "SwinModel.*supported are ViTModel"),

@@ -60,7 +60,7 @@ class Rearranged(timm.models.VisionTransformer):
 
 def test_subclasses_are_taken_unless_they_change_where_tokens_are():
     kwargs = {**TINY, "patch_size": 16}
-    model = collapse(Renamed(**kwargs).eval(), "bayer", keep=0.25)
+    model = collapse(Renamed(**kwargs).eval(), "bayer", keep=0.25, remainder="none")
     assert isinstance(model, Renamed) and model.forward_features(IMAGES).shape == (2, 5, 32)
     with pytest.raises(CollapseError, match="Rearranged.*overrides VisionTransformer.forward_features"):
         collapse(Rearranged(**kwargs), "bayer")
@@ -91,14 +91,14 @@ def test_convolutional_stems_warn_and_take_no_remainder():
 def test_wrong_keep(keep):
     with pytest.raises(CollapseError, match="keep must be a ratio"):
         collapse(vit(), "bayer", keep=keep)
-    model = collapse(vit(), "bayer", keep=0.5)
+    model = collapse(vit(), "bayer", keep=0.5, remainder="none")
     with pytest.raises(CollapseError, match="keep must be a ratio"):
         model.keep = keep
     assert model.keep == 0.5
 
 
 def test_wrong_arguments_name_what_was_given():
-    model = collapse(vit(), "bayer", keep=0.5)
+    model = collapse(vit(), "bayer", keep=0.5, remainder="none")
     cases = [
         (lambda: collapse("vit", "bayer"), "model must be"),
         (lambda: collapse(vit(), nn.Linear(2, 2)), "orderer must be a CollapseOrder"),
@@ -108,7 +108,7 @@ def test_wrong_arguments_name_what_was_given():
         (lambda: collapse(vit(), "bayer", positions="close"), "positions must be 'keep' for other than"),
         (
             lambda: collapse(vit(), "bayer", remainder="mean"),
-            "remainder must be one of none, fused, coarse, mixed, got 'mean'",
+            "remainder must be one of none, fused, coarse, mixed, split, got 'mean'",
         ),
         (lambda: setattr(model, "remainder", "mean"), "remainder"),
         (lambda: collapse(vit(), "bayer", coarse_share=0), "coarse_share"),
@@ -131,6 +131,6 @@ def test_wrong_arguments_name_what_was_given():
         with pytest.raises(CollapseError, match=message):
             call()
     assert model.carrier.selection is None and model(IMAGES).shape == (2, 5)  # as before
-    dynamic = collapse(vit(dynamic_img_size=True), "bayer", keep=0.5)
+    dynamic = collapse(vit(dynamic_img_size=True), "bayer", keep=0.5, remainder="none")
     with pytest.raises(CollapseError, match="multiples"):
         dynamic(torch.randn(1, 3, 60, 64))

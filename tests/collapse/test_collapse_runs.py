@@ -28,8 +28,8 @@ def orderer() -> CollapseOrder:
 def test_compile_export_and_trace_give_the_same_logits():
     for model in (
         collapse(vit(), "bayer", keep=0.3, remainder="coarse"),
-        collapse(vit("beit_base_patch16_224"), orderer(), keep=0.3),
-        collapse(vit("eva02_tiny_patch14_224", img_size=56), orderer(), keep=0.3),
+        collapse(vit("beit_base_patch16_224"), orderer(), keep=0.3, remainder="none"),
+        collapse(vit("eva02_tiny_patch14_224", img_size=56), orderer(), keep=0.3, remainder="none"),
     ):
         images = F.interpolate(IMAGES, model.patch_embed.img_size)
         with torch.no_grad():
@@ -81,7 +81,7 @@ def test_the_budget_of_a_compiled_model_may_change():
 
 @torch.no_grad()
 def test_a_compiled_model_takes_batches_of_other_sizes_in_a_row():
-    model = collapse(vit(depth=1), "bayer", keep=0.3)
+    model = collapse(vit(depth=1), "bayer", keep=0.3, remainder="none")
     batches = [torch.randn(batch, 3, 64, 64) for batch in (2, 3, 5)]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = [compiled(images) for images in batches]  # no other pass in between

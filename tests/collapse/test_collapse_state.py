@@ -87,7 +87,7 @@ def test_meta_tensors_get_shapes_and_the_orderer_is_counted():
         nameless(IMAGES)
 
 
-@pytest.mark.parametrize("make", [cvit, lambda: collapse(hf_vit(), RANKER, keep=0.5)])
+@pytest.mark.parametrize("make", [cvit, lambda: collapse(hf_vit(), RANKER, keep=0.5, remainder="none")])
 def test_nothing_that_walks_the_model_finds_the_orderer(make):
     model = make()
     timm.utils.unfreeze(model)
@@ -106,7 +106,7 @@ def test_an_assigned_orderer_is_used_and_collapsing_again_frees_it():
     model = cvit()
     model.orderer = CollapseOrder.baseline("raster")
     assert model.compute_order(IMAGES).indices[0].tolist() == list(range(64))
-    collapse(model, "bayer", keep=0.5)
+    collapse(model, "bayer", keep=0.5, remainder="none")
     assert model.orderer.baseline_name == "bayer" and "orderer" not in model._modules
 
 
@@ -140,7 +140,7 @@ def test_orderers_load_from_local_dir(tmp_path):
 def test_any_collapsed_vit_is_saved_as_one(tmp_path):
     for name, save in (("deit3_small_patch16_224", timm.models.save_for_hf), ("eva02_tiny_patch14_224", save_model)):
         shape = {**SHAPE, "img_size": 56 if "14" in name else 64}
-        model = collapse(timm.create_model(name, **shape).eval(), "variance", keep=0.3)
+        model = collapse(timm.create_model(name, **shape).eval(), "variance", keep=0.3, remainder="none")
         model.keep, images = 0.4, IMAGES[..., : shape["img_size"], : shape["img_size"]]
         save(model, str(tmp_path / name), **({"safe_serialization": True} if save is not save_model else {}))
         loaded = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
@@ -163,7 +163,7 @@ def test_settings_that_change_later_are_saved(tmp_path):
 
 def test_save_pretrained_says_that_it_writes_the_plain_model(tmp_path):
     with pytest.warns(UserWarning, match="writes the plain model"):
-        collapse(hf_vit(), "bayer", keep=0.5).save_pretrained(tmp_path)
+        collapse(hf_vit(), "bayer", keep=0.5, remainder="none").save_pretrained(tmp_path)
 
 
 class Orders(Dataset):

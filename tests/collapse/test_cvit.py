@@ -30,7 +30,7 @@ def test_parameters_are_those_of_the_base(name):
     shape = {**SHAPE, "img_size": 64, "num_classes": 5}
     if "dinov3" in name:
         shape["embed_dim"] = 32
-    cvit = timm.create_model(name, **shape)
+    cvit = timm.create_model(name, **shape, remainder="none")
     vit = timm.create_model(BASES[name], **shape)
     assert isinstance(cvit, Collapsed) and isinstance(cvit, type(vit)) and cvit.keep == 0.22
     cvit.load_state_dict(vit.state_dict())  # strict
@@ -40,6 +40,33 @@ def test_parameters_are_those_of_the_base(name):
     assert torch.equal(cvit(images), vit(images))
     cvit.keep = 0.5
     assert cvit.forward_features(images).shape[1] == vit.num_prefix_tokens + 8
+
+
+def test_what_is_not_given_is_what_is_best_frozen():
+    def settings(model):
+        return model.keep, model.remainder, model.coarse_share, model.area_bias
+
+    shape = {**SHAPE, "img_size": 64}
+    vit = timm.create_model("vit_tiny_patch16_224", **shape)
+    assert settings(collapse(vit, "bayer")) == (0.22, "split", 0.5, 0.5)
+    assert settings(collapse(vit, "bayer", remainder="mixed")) == (0.22, "mixed", 0.5, 0.0)
+    assert settings(collapse(vit, "bayer", remainder="none")) == (0.22, "none", 0.5, 0.0)
+    assert settings(collapse(vit, "bayer", area_bias=0.7)) == (0.22, "split", 0.5, 0.7)
+    assert settings(timm.create_model("cvit_tiny_patch16", orderer="bayer", **shape)) == (0.22, "split", 0.5, 0.5)
+    # as far as a model can take them
+    cait = timm.create_model("cait_xxs24_224", **shape)
+    assert settings(collapse(cait, "bayer")) == (0.22, "split", 0.5, 0.0)
+    # trained on the first patches alone
+    assert settings(timm.create_model("cvit_tiny_patch4_32", **SHAPE)) == (0.22, "none", 0.5, 0.0)
+    assert settings(timm.create_model("cvit_tiny_patch8_64.tin100", pretrained=True))[1:] == ("none", 0.5, 0.0)
+
+
+@pytest.mark.parametrize("keep", [2, 5, 0.22, 0.5, 0.9, 195])
+def test_the_default_has_tokens_for_every_budget(keep):
+    cvit = timm.create_model("cvit_tiny_patch16", keep=keep, orderer="bayer", **SHAPE).eval()  # 14 x 14 patches
+    tokens = cvit.forward_features(torch.randn(2, 3, 224, 224)).shape[1] - cvit.num_prefix_tokens
+    budget = keep if keep > 1 else round(keep * 196)
+    assert max(1, budget - 2) <= tokens <= budget
 
 
 @pytest.mark.parametrize("name", RESAMPLED)
@@ -122,7 +149,9 @@ def test_plain_checkpoint_loads_into_a_cvit_by_name(tmp_path):
 
 
 def test_features_only_lies_on_the_grid():
-    cvit = timm.create_model("cvit_tiny_patch16", features_only=True, img_size=64, out_indices=(0, 1), **SHAPE)
+    cvit = timm.create_model(
+        "cvit_tiny_patch16", features_only=True, img_size=64, out_indices=(0, 1), remainder="none", **SHAPE
+    )
     features = cvit(torch.randn(2, 3, 64, 64))
     assert [f.shape for f in features] == [(2, 24, 4, 4)] * 2
     assert all((f.abs().sum(1) == 0).sum() == 2 * (16 - 4) for f in features)  # 4 of 16 are kept

@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_collapse import CollapseError, Order, collapse
-from timm_collapse.collapse.pyramid import choose_leaves, cover_of_leaves, plan_splits, pyramid_shapes
+from timm_collapse.collapse.cells import mean_of_cells
+from timm_collapse.collapse.pyramid import (
+    choose_leaves,
+    count_leaves,
+    cover_of_leaves,
+    plan_splits,
+    pyramid_shapes,
+    split_shapes,
+)
+from timm_collapse.models.tokenizer import resize_images
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64, "patch_size": 4, "num_classes": 5}
 
@@ -38,6 +47,23 @@ def test_shapes_and_splits_closed_forms():
 def test_grids_that_cannot_be_halved_are_refused(budget, grid):
     with pytest.raises(CollapseError, match=rf"halved .* times, .* keep is {budget}"):
         pyramid_shapes(budget, grid, 0.5)
+
+
+def test_two_sizes_on_any_grid_closed_forms():
+    assert split_shapes(128, (16, 16), 0.5) == [(16, 16), (8, 8)]
+    assert split_shapes(64, (16, 16), 0.5) == [(12, 10), (6, 5)]
+    assert split_shapes(64, (16, 16), 1.0) == [(16, 16), (8, 8)]
+    assert split_shapes(128, (14, 14), 0.5) == [(14, 14), (7, 7)]  # not 8 x 8: cells have 2 x 2 patches at least
+    assert split_shapes(43, (14, 14), 0.5) == [(10, 8), (5, 4)]
+    assert split_shapes(500, (37, 37), 0.5) == [(32, 30), (16, 15)]
+    assert split_shapes(2, (14, 14), 0.5) == [(2, 2), (1, 1)]
+    for grid in ((16, 16), (14, 14), (8, 12), (6, 4), (2, 2)):
+        for budget in range(1, grid[0] * grid[1]):
+            for share in (0.3, 0.5, 1.0):
+                shapes = split_shapes(budget, grid, share)
+                counts = count_leaves(shapes, plan_splits(budget, shapes))
+                assert min(counts) >= 0 and shapes[0][0] <= grid[0] and shapes[0][1] <= grid[1]
+                assert budget - 2 <= sum(counts) <= budget or counts[1] == 0 and sum(counts) < budget
 
 
 def test_leaves_of_a_drawn_example():
@@ -106,6 +132,39 @@ def test_tokens_are_patches_of_smaller_images(name):
     assert torch.equal(rows[:, first:] // 4 * 4 + columns[:, first:] // 4, leaves[1])
 
 
+@pytest.mark.parametrize(
+    "size, keep, share", [(56, 43, 1.0), (56, 43, 0.5), (56, 100, 0.5), (28, 9, 0.5), (20, 2, 0.5)]
+)
+def test_cells_of_two_sizes_cover_any_grid(size, keep, share):
+    model = vit(img_size=size)
+    nn.init.normal_(model.pos_embed)
+    collapse(model, "bayer", keep=keep, remainder="split", coarse_share=share, area_bias=1.0)
+    images, n = torch.randn(2, 3, size, size), size // 4
+    order = Order(torch.rand(2, n * n), (n, n))
+    selection = model.select(images, order)
+    shapes = split_shapes(keep, (n, n), share)
+    small, large = choose_leaves(order, shapes, plan_splits(keep, shapes))
+    kept = small.shape[1] if shapes[0] == (n, n) else 0
+    assert selection.kept.shape[1] == kept and selection.extra.shape[1] == small.shape[1] - kept + large.shape[1]
+    assert kept + selection.areas.sum() == pytest.approx(n * n, rel=1e-5)
+    cover, areas = selection.cover(), selection.areas[0]
+    rows, columns = selection.places // n, selection.places % n
+    for image in range(2):
+        dropped = torch.ones(n * n, dtype=torch.bool).scatter(0, selection.kept[image], False).nonzero()[:, 0]
+        covering = cover[image][dropped]  # each patch's token is the one whose centre is within its cell's half
+        reach = 0.5 * areas[covering].sqrt() * 1.25 + 1
+        assert ((rows[image][covering] - dropped // n).abs() <= reach).all()
+        assert ((columns[image][covering] - dropped % n).abs() <= reach).all()
+        assert len(covering.unique()) == selection.extra.shape[1]
+    expected = []
+    for shape, leaf in zip(shapes, (small, large)):
+        whole = model.patch_embed.proj(resize_images(images, (4 * shape[0], 4 * shape[1]))).flatten(2).mT
+        whole = whole + mean_of_cells(model.pos_embed[:, 1:], (n, n), shape)
+        expected.append(torch.stack([whole[image, leaf[image]] for image in range(2)]))
+    assert torch.allclose(selection.extra, torch.cat(expected, 1)[:, kept:], atol=1e-5)
+    assert model(images, order=order).isfinite().all()
+
+
 FAMILIES = (
     "vit_tiny_patch16_224",
     "vit_small_patch16_dinov3",
@@ -116,12 +175,13 @@ FAMILIES = (
 )
 
 
+@pytest.mark.parametrize("remainder", ["mixed", "split"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_within_the_budget_dense_and_trainable(name):
+def test_every_family_within_the_budget_dense_and_trainable(name, remainder):
     model = vit(name, **({"img_size": None} if "naflex" in name else {}))
     for key, parameter in model.named_parameters():
         nn.init.constant_(parameter, 0.7) if "gamma" in key else nn.init.normal_(parameter, std=0.1)
-    collapse(model, "bayer", keep=0.25, remainder="mixed")
+    collapse(model, "bayer", keep=0.25, remainder=remainder)
     images, order = torch.randn(2, 3, 64, 64), Order(torch.rand(2, 256), (16, 16))
     features = model.forward_features(images, order=order)
     assert features.shape[1] - model.num_prefix_tokens in (62, 63, 64)

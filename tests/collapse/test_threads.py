@@ -70,7 +70,7 @@ def test_threads_share_a_model(name):
 
 @every
 def test_a_pass_inside_of_a_pass_has_its_own_selection(name):
-    model, images = collapse(build(name), "raster", keep=0.25), torch.randn(2, 3, 64, 64)
+    model, images = collapse(build(name), "raster", keep=0.25, remainder="none"), torch.randn(2, 3, 64, 64)
     order, other = Order(torch.rand(2, 16), (4, 4)), Order(torch.rand(3, 16), (4, 4))
     expected, inner = answer(model, images, order), []
     part = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear))
@@ -87,7 +87,7 @@ def test_a_pass_inside_of_a_pass_has_its_own_selection(name):
 
 @every
 def test_a_failed_pass_leaves_nothing_behind(name):
-    model, images = collapse(build(name), "raster", keep=0.25), torch.randn(2, 3, 64, 64)
+    model, images = collapse(build(name), "raster", keep=0.25, remainder="none"), torch.randn(2, 3, 64, 64)
     plain, expected = copy.deepcopy(model), answer(model, images)
 
     def fail(module, args, output):

@@ -100,8 +100,16 @@ def test_ranker_learns_from_its_features_and_orders_another_training(trained, tm
 @pytest.mark.slow
 def test_goes_on_where_it_was(tmp_path):
     common = ["--orderer", "variance", "--val_split", "", "--mixup", "0.2", "--distill", "0.5", "--layer_decay", "0.8"]
+    common += ["--freeze", "1", "--remainder", "coarse", "--area_bias", "0.5", "--keep", "0.5"]
     train_cvit(tmp_path / "run", "--steps", "3", "--batch_size", "8", *common)
+    first = load_file(tmp_path / "run" / "model.safetensors")
     train_cvit(tmp_path / "run", "--steps", "6", "--batch_size", "8", *common)
+    moved = {name for name, value in load_file(tmp_path / "run" / "model.safetensors").items()
+             if not torch.equal(value, first[name])}  # fmt: skip
+    assert {name.split(".")[0] for name in moved} == {"blocks", "norm", "head"}
+    assert {name.split(".")[1] for name in moved if name.startswith("blocks")} == {"1"}
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert (model.keep, model.remainder, model.area_bias) == (0.5, "coarse", 0.5)
     log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [3, 5, 6] and all(line["divergence"] >= 0 for line in log)
 
@@ -122,9 +130,24 @@ def test_mask_rates_of_the_schedules():
         args(order_table="x", mixup=0.2)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "naflexvit_base_patch16_gap"])
+def test_the_first_blocks_and_the_embeddings_are_frozen(name):
+    freeze_first = load_script().freeze_first
+    model = timm.create_model(name, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+    freeze_first(model, 0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    freeze_first(model, 2)
+    trained = {name.partition(".norm")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {".".join(name.split(".")[:2]) if name.startswith("blocks") else name.split(".")[0] for name in trained}
+    assert trained in ({"blocks.2", "norm", "head"}, {"blocks.2", "fc_norm", "head"})
+    with pytest.raises(CollapseError, match=r"freeze: must be in \[0, 3\], the model's blocks, got 4"):
+        freeze_first(model, 4)
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
+        ({"area_bias": -0.5}, "area_bias: must be at least 0, got -0.5"),
         ({"jitter": -1.0}, "jitter: must be at least 0, got -1.0"),
         ({"distill": float("nan")}, "distill: must be at least 0, got nan"),
         ({"random_orders": 1.5}, r"random_orders: must be in \[0, 1\], got 1.5"),
@@ -187,7 +210,7 @@ class Counting(CollapseOrder):
 def test_orders_are_computed_only_where_and_as_far_as_they_are_needed(arguments, asked, monkeypatch, tmp_path):
     script, orderer = load_script("cvit"), Counting()
     collapse = script.collapse
-    monkeypatch.setattr(script, "collapse", lambda model, name, *more: collapse(model, orderer, *more))
+    monkeypatch.setattr(script, "collapse", lambda model, name, **more: collapse(model, orderer, **more))
     model = ["--model", "cvit_tiny_patch4_32", "--model_args", SMALL]
     run_main(script, monkeypatch, tmp_path, *model, "--orderer", "bayer", *arguments)
     assert orderer.asked == asked

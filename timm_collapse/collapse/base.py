@@ -16,7 +16,7 @@ from ..models.normalisation import Normalisation
 from ..order import CollapseError, Order, resolve_keep
 from ..order.errors import describe
 from .holder import HoldsOrderer
-from .remainder import REMAINDERS, Plan, plan_remainder
+from .remainder import DEFAULT_REMAINDER, REMAINDERS, Plan, plan_remainder
 from .selection import Carrier, Selection, fit_images
 
 
@@ -28,10 +28,12 @@ class Collapsed(HoldsOrderer):
         keep: Token budget of the patches, a ratio in (0, 1] or a count; may be changed at any time. The remainder's
             tokens are part of the budget. 1 runs the plain model, bit for bit, and computes no order.
         remainder: What becomes of the dropped patches: "none", "fused" (one token: the mean of their embeddings),
-            "coarse" (the whole image at low resolution as a few patches), or "mixed" (mixed resolution: the image is
-            covered once, by patches where the order comes early and by ever larger cells, one token each, elsewhere).
-        coarse_share: Share of the budget that coarse tokens may take; 1: the image is only downscaled. For "mixed", the
-            share that the largest cells have before any of them is split.
+            "coarse" (the whole image at low resolution as a few patches), "mixed" (mixed resolution: the image is
+            covered once, by patches where the order comes early and by ever larger cells, one token each, elsewhere),
+            or "split" (the same in two sizes, on any grid: the image is downscaled, and where the order comes early
+            each token is split in four).
+        coarse_share: Share of the budget that coarse tokens may take; 1: the image is only downscaled. For "mixed" and
+            "split", the share that the largest cells have before any of them is split.
         area_bias: A token that stands for m patches (of the remainder; a kept patch is 1) gets area_bias x log(m) added
             to its attention logits as a key, in every block, and where patches are pooled; at least 0. At 1 it counts
             as m tokens would; 0: as one. Which is best for weights that saw no such tokens is between, see
@@ -196,6 +198,19 @@ class Collapsed(HoldsOrderer):
         # not the layers of the orderer's network: they are none of the model's
         orderer = f"{type(self.orderer).__name__}({self.orderer.extra_repr()})"
         return f"keep={self.keep}, remainder={self.remainder!r}, orderer={orderer}"
+
+
+def default_remainder(
+    remainder: str | None, area_bias: float | None, why_no_remainder: str, why_no_area_bias: str
+) -> tuple[str, float]:
+    """What None stands for: the remainder and area bias that are best on a frozen ViT, as far as a model takes them.
+
+    An area bias that is not given is 0 where the remainder is.
+    """
+    chosen = ("none" if why_no_remainder else DEFAULT_REMAINDER[0]) if remainder is None else remainder
+    if area_bias is None:
+        area_bias = 0.0 if remainder is not None or why_no_remainder or why_no_area_bias else DEFAULT_REMAINDER[1]
+    return chosen, area_bias
 
 
 def check_remainder(remainder: str, why_none: str) -> None:

@@ -11,16 +11,21 @@ from ..order.constants import constant
 
 
 @lru_cache(maxsize=256)
-def coarse_grid(budget: int, grid: tuple[int, int]) -> tuple[int, int] | None:
+def coarse_grid(budget: int, grid: tuple[int, int], least: int = 1) -> tuple[int, int] | None:
     """The grid (h, w) of coarse tokens that fills a budget best: at most `budget` cells, nearly the image's aspect.
+
+    Args:
+        budget: Cells.
+        grid: Patches (h, w).
+        least: Cells have at least so many patches a side, if there are as many.
 
     Returns:
         The grid with most cells whose cells are at most 1.5 times as long as wide (or the reverse, relative to a
         patch), the squarest of these; None for a budget under 1.
     """
-    best = None
-    for h in range(1, min(grid[0], budget) + 1):
-        for w in range(1, min(grid[1], budget // h) + 1):
+    best, most = None, [max(1, side // least) for side in grid]
+    for h in range(1, min(most[0], budget) + 1):
+        for w in range(1, min(most[1], budget // h) + 1):
             stretch = (grid[0] / h) / (grid[1] / w)
             stretch = max(stretch, 1 / stretch)
             if stretch <= 1.5 or h * w == 1:

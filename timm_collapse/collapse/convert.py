@@ -23,7 +23,7 @@ from ..models.normalisation import Normalisation
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, check_keep
 from ..order.errors import describe
-from .base import Collapsed, check_area_bias, check_remainder, check_share
+from .base import Collapsed, check_area_bias, check_remainder, check_share, default_remainder
 from .classes import become, collapsed_class, overrides
 from .hf_families import find_hf_adapter, hf_cfg, is_hf
 from .timm import CollapsedEva, CollapsedVit
@@ -58,12 +58,12 @@ def collapse(
     model: nn.Module,
     orderer: CollapseOrder | str,
     keep: float | int = 0.22,
-    remainder: str = "none",
+    remainder: str | None = None,
     coarse_share: float = 0.5,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     positions: str = "keep",
-    area_bias: float = 0.0,
+    area_bias: float | None = None,
 ) -> nn.Module:
     """Make a vision transformer see only the first patches of a collapse order, in place.
 
@@ -79,13 +79,17 @@ def collapse(
             model of transformers, see `CollapsedVlm`.
         orderer: What orders the patches, or its name, as for `CollapseOrder.named`.
         keep: Token budget, a ratio in (0, 1] of the patches, or a count of at least 2.
-        remainder: What becomes of the dropped patches: "none", "fused", "coarse" or "mixed", see `Collapsed`.
+        remainder: What becomes of the dropped patches: "none", "fused", "coarse", "mixed" or "split", see `Collapsed`.
+            None: "split" with an `area_bias` of 0.5, the best on frozen ViTs (docs/results.md), where the model can
+            take them; nothing has to be trained for it. Weights that were trained on the first patches alone want
+            "none".
         coarse_share: Share of the budget that coarse tokens may take, in (0, 1].
         mean, std: Normalisation of the images that the model gets, one number or one a channel; None takes what the
             model is collapsed with already, or its `pretrained_cfg` (timm's default, ImageNet's, where it has none), or
             for transformers' models what their family is trained with; their averages for other than RGB images.
         positions: Of the text of a vision-language model: "keep" or "close", see `CollapsedVlm`.
-        area_bias: How much a token counts for the number of patches it stands for, at least 0, see `Collapsed`.
+        area_bias: How much a token counts for the number of patches it stands for, at least 0, see `Collapsed`. None: 0
+            where a `remainder` is given.
 
     Returns:
         The same object.
@@ -102,9 +106,9 @@ def collapse(
         raise CollapseError(f"orderer must be a CollapseOrder or a name, got {describe(orderer)}")
     keep = check_keep(keep)
     if is_vlm(model):
-        if remainder != "none":
+        if remainder not in (None, "none"):
             raise CollapseError(f"remainder must be none for a vision-language model, got {remainder!r}")
-        check_area_bias(area_bias, "a vision-language model has no tokens that stand for several patches")
+        check_area_bias(area_bias or 0.0, "a vision-language model has no tokens that stand for several patches")
         return collapse_vlm(model, orderer, keep, positions, mean, std)
     if positions != "keep":
         raise CollapseError(f"positions must be 'keep' for other than a vision-language model, got {positions!r}")
@@ -118,9 +122,11 @@ def collapse(
     std = known.std if std is None else Normalisation(std, std).for_channels(channels).std
     normalisation = Normalisation(mean, std).for_channels(channels)
     check_channels(orderer, channels)
-    check_remainder(remainder, cls.why_no_remainder(model))
+    reasons = cls.why_no_remainder(model), cls.why_no_area_bias(model)
+    remainder, area_bias = default_remainder(remainder, area_bias, *reasons)
+    check_remainder(remainder, reasons[0])
     check_share(coarse_share)
-    check_area_bias(area_bias, cls.why_no_area_bias(model))
+    check_area_bias(area_bias, reasons[1])
     become(model, cls)
     model.set_up(orderer, keep, remainder, coarse_share, area_bias, normalisation)
     cfg = {} if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}

@@ -79,9 +79,9 @@ def _cvit(
     base: str = "",
     orderer: str = "collapse_ranker_tiny_224",
     keep: float | int = 0.22,
-    remainder: str = "none",
+    remainder: str | None = None,
     coarse_share: float = 0.5,
-    area_bias: float = 0.0,
+    area_bias: float | None = None,
     **shape: Any,
 ) -> nn.Module:
     """Build the base architecture (weights included, where asked for) and collapse it.
@@ -226,5 +226,6 @@ def cvit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
 
 
 def _small(name: str, pretrained: bool, kwargs: dict[str, Any], orderer: str, **shape: Any) -> nn.Module:
-    """`vit_tiny_patch16_224` at half its depth, for small images."""
-    return _cvit(name, pretrained, kwargs, base="vit_tiny_patch16_224", orderer=orderer, depth=6, **shape)
+    """`vit_tiny_patch16_224` at half its depth, for small images; trained on the first patches alone."""
+    shape |= {"remainder": "none", "depth": 6}
+    return _cvit(name, pretrained, kwargs, base="vit_tiny_patch16_224", orderer=orderer, **shape)

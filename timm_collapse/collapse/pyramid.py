@@ -1,7 +1,7 @@
 """Mixed resolution: a pyramid of cells over the grid of patches, split where the order comes early.
 
-Level 0 is the grid itself; each cell of a level is 2 x 2 of the level below. The number of cells that are split is
-fixed for each level, so that all images of a batch have as many tokens of each size.
+Each cell of a level is 2 x 2 of the level below; level 0 is the grid itself, or one of larger cells. The number of
+cells that are split is fixed for each level, so that all images of a batch have as many tokens of each size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..order import CollapseError, Order
 from ..order.order import stable_argsort
+from .cells import coarse_grid
 
 
 def pyramid_shapes(budget: int, grid: tuple[int, int], share: float) -> list[tuple[int, int]]:
@@ -36,6 +37,15 @@ def pyramid_shapes(budget: int, grid: tuple[int, int], share: float) -> list[tup
             f"{len(shapes) - 1} times, to {_size(shapes[-1])} cells, and keep is {budget} tokens"
         )
     return shapes
+
+
+def split_shapes(budget: int, grid: tuple[int, int], share: float) -> list[tuple[int, int]]:
+    """Two levels on any grid, finest first: the coarser one fills the share, its cells at least 2 x 2 patches large.
+
+    Where these are 2 x 2 patches the finer level is the grid itself; else its cells are larger than a patch.
+    """
+    h, w = coarse_grid(max(1, int(share * budget + 1e-6)), grid, least=2)
+    return [(2 * h, 2 * w), (h, w)]
 
 
 def plan_splits(budget: int, shapes: Sequence[tuple[int, int]]) -> list[int]:
@@ -65,7 +75,7 @@ def choose_leaves(order: Order, shapes: Sequence[tuple[int, int]], splits: Seque
     split; their parts are the candidates of the next level.
 
     Args:
-        order: (B, N) on the finest grid.
+        order: Of the patches.
         shapes, splits: Of the levels.
 
     Returns:
@@ -84,15 +94,15 @@ def choose_leaves(order: Order, shapes: Sequence[tuple[int, int]], splits: Seque
 
 
 def cover_of_leaves(leaves: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """(B, N) long: for each patch, the number of its cell among the leaves of level 1, level 2, ... together.
+    """(B, n) long: for each cell of level 0, the number of the leaf that covers it, over all levels together.
 
     Args:
-        leaves: (B, n) of level 1 and up, from `choose_leaves`.
-        shapes: Of all levels. Patches that are leaves themselves get 0.
+        leaves: (B, n) of the coarser levels, finest first, from `choose_leaves`.
+        shapes: Of all levels. Cells that are leaves of a level that is not given get 0.
     """
     cover = leaves[0].new_zeros(leaves[0].shape[0], _size(shapes[0]))
     start = 0
-    for level, leaf in enumerate(leaves, 1):
+    for level, leaf in enumerate(leaves, len(shapes) - len(leaves)):
         numbers = torch.arange(start + 1, start + 1 + leaf.shape[1], device=leaf.device).expand_as(leaf)
         cells = leaf.new_zeros(leaf.shape[0], _size(shapes[level])).scatter(1, leaf, numbers)
         for shape in shapes[level:0:-1]:

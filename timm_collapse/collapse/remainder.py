@@ -16,10 +16,13 @@ from ..models.transformer import gather_tokens
 from ..order import Order
 from ..order.constants import constant
 from .cells import cell_centres, cell_of_patches, coarse_grid, mean_of_cells
-from .pyramid import choose_leaves, count_leaves, cover_of_leaves, plan_splits, pyramid_shapes
+from .pyramid import choose_leaves, count_leaves, cover_of_leaves, plan_splits, pyramid_shapes, split_shapes
 from .selection import Selection
 
-REMAINDERS = ("none", "fused", "coarse", "mixed")
+REMAINDERS = ("none", "fused", "coarse", "mixed", "split")
+
+DEFAULT_REMAINDER = ("split", 0.5)
+"""With its area bias: the best of them on a frozen ViT at 12% to 50% of the tokens (docs/results.md, real_vit)."""
 
 Embed = Callable[[Tensor], Tensor]
 """(B, C, h p, w q) -> (B, h w, D): patch embedding of images of any size, without positions."""
@@ -117,39 +120,61 @@ class Mixed(Plan):
 
     def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int], share: float):
         super().__init__(budget, grid, patch_size)
-        self.shapes = pyramid_shapes(budget, grid, share)
+        self.shapes = self.levels(budget, grid, share)
         self.splits = plan_splits(budget, self.shapes)
+        self.first = int(self.shapes[0] == grid)  # of the levels whose cells are extra tokens; the finest are patches
         counts = count_leaves(self.shapes, self.splits)
-        self.num_kept = counts[0]
-        self.sizes = tuple((count, 4**level) for level, count in enumerate(counts) if level)
+        self.num_kept = counts[0] if self.first else 0
+        areas = (grid[0] * grid[1] / (h * w) for h, w in self.shapes)
+        self.sizes = tuple(zip(counts, areas, strict=True))[self.first :]
         self.places = grid[0] * grid[1] if self.splits[-1] else 0  # cells go by the mean rank of all their patches
+
+    @staticmethod
+    def levels(budget: int, grid: tuple[int, int], share: float) -> list[tuple[int, int]]:
+        """Grids of the cells, finest first."""
+        return pyramid_shapes(budget, grid, share)
 
     def select(self, order: Order | None, images: Tensor, embed: Embed, positions: Positions) -> Selection:
         if order is None:  # nothing is split
             scores = torch.zeros(images.shape[0], self.grid[0] * self.grid[1], device=images.device)
             order = Order.unchecked(scores, self.grid)
-        kept, *leaves = choose_leaves(order, self.shapes, self.splits)
+        leaves = choose_leaves(order, self.shapes, self.splits)
+        kept = leaves[0] if self.first else leaves[0][:, :0]
+        leaves = leaves[self.first :]
         extra, places, added = [], [], positions()
-        for shape, leaf in zip(self.shapes[1:], leaves):
+        for shape, leaf in zip(self.shapes[self.first :], leaves, strict=True):
             tokens = coarse_tokens(images, self.grid, shape, self.patch_size, embed, added)
             extra.append(gather_tokens(tokens, leaf))
             places.append(constant(cell_centres, self.grid, shape, device=images.device)[0][leaf])
-        cover = partial(cover_of_leaves, leaves, self.shapes)
-        return Selection(
-            kept, self.grid, torch.cat(extra, 1), torch.cat(places, 1), cover, areas=self.areas(images.device)
-        )
+        cover, areas = partial(self.cover, leaves), self.areas(images.device)
+        return Selection(kept, self.grid, torch.cat(extra, 1), torch.cat(places, 1), cover, areas=areas)
+
+    def cover(self, leaves: list[Tensor]) -> Tensor:
+        """(B, N) long: the extra token that stands for each patch."""
+        cover = cover_of_leaves(leaves, self.shapes)
+        if self.first:
+            return cover
+        return cover[:, constant(cell_of_patches, self.grid, self.shapes[0], device=cover.device)[0]]
+
+
+class Split(Mixed):
+    """Cells of two sizes on any grid: the image downscaled, and four tokens for one where the order comes early."""
+
+    levels = staticmethod(split_shapes)
 
 
 def plan_remainder(
     remainder: str, budget: int, grid: tuple[int, int], patch_size: tuple[int, int], share: float
 ) -> Plan:
-    """The plan of a remainder ("none", "fused", "coarse" or "mixed"), see `Collapsed`."""
+    """The plan of a remainder ("none", "fused", "coarse", "mixed" or "split"), see `Collapsed`."""
     if remainder == "fused":
         return Fused(budget, grid, patch_size)
     if remainder == "coarse":
         return Coarse(budget, grid, patch_size, share)
     if remainder == "mixed":
         return Mixed(budget, grid, patch_size, share)
+    if remainder == "split":
+        return Split(budget, grid, patch_size, share)
     return Plan(budget, grid, patch_size)
 
 

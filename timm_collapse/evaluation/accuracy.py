@@ -130,7 +130,7 @@ def _shared_order(model: nn.Module, images: Tensor, keeps: list[float], orders: 
     if not hasattr(model, "keep"):
         return None
     grid = model.image_grid(images)
-    whole = getattr(model, "remainder", "none") == "mixed"  # which goes by the ranks of all patches
+    whole = getattr(model, "remainder", "none") in ("mixed", "split")  # which go by the ranks of all patches
     key = (id(model.orderer), grid, model.normalisation, whole)
     if key not in orders:
         num_patches = grid[0] * grid[1]

@@ -28,7 +28,8 @@ class FeatureLesson:
     Args:
         vit: A collapsed ViT, used to sets of patches (one trained with random drop); frozen here.
         num_sets: Sets an image, at least 2.
-        remainders: One of these is drawn each step, see `Collapsed`; "mixed" has no set of first patches to learn.
+        remainders: One of these is drawn each step, see `Collapsed`; "mixed" and "split" have no set of first patches
+            to learn.
         max_share: Largest budget, as a share of the patches.
     """
 
@@ -37,7 +38,7 @@ class FeatureLesson:
     ):
         if num_sets < 2:
             raise CollapseError(f"sets: must be at least 2, as sets of one image are compared, got {num_sets}")
-        if "mixed" in remainders:
+        if {"mixed", "split"} & set(remainders):
             raise CollapseError(f"remainders must be of none, fused and coarse, got {', '.join(remainders)}")
         self.vit = vit.eval().requires_grad_(False)
         if next(vit.parameters()).device.type == "cpu":

@@ -1,0 +1,36 @@
+"""A frozen ViT without a classifier gets one: a linear probe of its features."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+
+def first_blocks(name: str, img_size: int, blocks: int, **kwargs) -> nn.Module:
+    """A pretrained timm ViT, or only its first so many blocks (0: all), in eval mode."""
+    vit = timm.create_model(name, pretrained=True, img_size=img_size, **kwargs).eval()
+    if blocks:
+        vit.blocks = vit.blocks[:blocks]
+    return vit
+
+
+def linear_probe(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
+    """Logistic regression on standardised features, as one linear layer.
+
+    Args:
+        features: (n, D).
+        labels: (n,) long in [0, classes).
+        classes: Outputs; those without a label get a logit of -1e4.
+    """
+    scaler, regression = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500)).fit(features, labels)
+    weight = torch.as_tensor(regression.coef_ / scaler.scale_)
+    bias = torch.as_tensor(regression.intercept_) - weight @ torch.as_tensor(scaler.mean_)
+    probe = nn.Linear(features.shape[1], classes).requires_grad_(False)
+    probe.weight.zero_()
+    probe.bias.fill_(-1e4)
+    probe.weight[regression.classes_], probe.bias[regression.classes_] = weight.float(), bias.float()
+    return probe.requires_grad_(True)
