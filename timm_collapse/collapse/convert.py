@@ -157,7 +157,7 @@ def collapse_vlm(
     if not isinstance(model, CollapsedVlm):
         become(model, collapsed_class(adapter, type(model)))
     if (tower := model.tower()) is not None:
-        collapse(tower, orderer, keep, mean=normalisation.mean, std=normalisation.std)
+        collapse(tower, orderer, keep, "none", mean=normalisation.mean, std=normalisation.std)
     model.set_up(orderer, keep, positions, normalisation)
     return model
 
