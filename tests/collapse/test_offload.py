@@ -28,7 +28,12 @@ TIMM = {
     },
 }
 CASES = [(name, "none") for name in TIMM]
-CASES += [("vit_tiny_patch16_224", "mixed"), ("naflexvit_base_patch16_gap", "coarse")]
+CASES += [
+    ("vit_tiny_patch16_224", "mixed"),
+    ("naflexvit_base_patch16_gap", "coarse"),
+    ("ViT", None),
+    ("naflexvit_base_patch16_gap", None),
+]
 CASES += [(name, remainder) for name in ("ViT", "Dinov2", "CLIPVision") for remainder in ("none", "coarse")]
 
 

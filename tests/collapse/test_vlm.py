@@ -499,3 +499,36 @@ def test_other_families_are_refused_with_the_reason():
     )  # fmt: skip
     with pytest.raises(CollapseError, match="LlavaNextForConditionalGeneration cannot be collapsed: tiles"):
         collapse(model, "random")
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("LlavaOnevisionForConditionalGeneration", "tiles of one picture are cut"),
+        ("MllamaForConditionalGeneration", "there are no image tokens to drop"),
+        ("Gemma3ForConditionalGeneration", "averages over pools of the whole grid"),
+        ("Blip2ForConditionalGeneration", "a fixed number of image tokens"),
+    ],
+)
+def test_the_reason_goes_by_the_family(name, reason):
+    stand_in = type(name, (nn.Module,), {"__module__": "transformers.models"})()
+    with pytest.raises(CollapseError, match=f"{name} cannot be collapsed: .*{reason}.*; supported .* are Llava"):
+        collapse(stand_in, "random")
+
+
+def test_forward_methods_that_cannot_be_relied_on_are_refused():
+    stock, _ = build("llava_clip")
+
+    class Older(type(stock)):
+        def forward(self, input_ids=None, pixel_values=None):
+            return super().forward(input_ids, pixel_values)
+
+    stock.__class__ = Older
+    with pytest.raises(CollapseError, match="takes no encoded images .mm_encoder_outputs.*a newer transformers does"):
+        collapse(stock, "random")
+    stock.__class__ = Older.__base__
+    stock.forward = stock.forward
+    with pytest.raises(CollapseError, match="the forward method of LlavaForConditionalGeneration was replaced"):
+        collapse(stock, "random")
+    with pytest.raises(CollapseError, match="no tokens that stand for several patches"):
+        collapse(build("llava_clip")[0], "random", area_bias=0.5)
