@@ -24,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import timm
 import torch
 
 from timm_collapse import CollapseError, Ranker, collapse
@@ -35,6 +34,7 @@ from timm_collapse.lessons.features import FeatureLesson
 from timm_collapse.lessons.imitation import Imitation, inherit
 from timm_collapse.lessons.pixels import Lesson
 from timm_collapse.models.normalisation import Normalisation
+from timm_collapse.models.registry import load_model
 
 
 @dataclass
@@ -67,6 +67,8 @@ class Args(TrainArgs):
             raise CollapseError(f"target: must be one of {', '.join(TRAINERS)}, got {self.target!r}")
         if self.target != "pixels" and not self.teacher:
             raise CollapseError(f"teacher: --target {self.target} needs a timm model's name, got none")
+        self.check_range("crop_scale", "on_policy", high=1)
+        self.check_range("sets", low=1)
 
 
 def main() -> None:
@@ -83,7 +85,7 @@ def train_on_pixels(args: Args, model: Ranker) -> None:
             f"reconstructor: {args.reconstructor!r} holds no saved model; train/reconstructor.py --output "
             f"{args.reconstructor} makes one"
         )
-    environment = timm.create_model(f"local-dir:{args.reconstructor}", pretrained=True)
+    environment = load_model(args.reconstructor, "reconstructor")
     cfg = environment.pretrained_cfg
     check_grid(model, environment.tokenizer.grid((environment.img_size, environment.img_size)), "reconstructor")
     run = start_run(args, model, *open_images(args, environment.img_size, cfg), methods=METHODS)
@@ -98,7 +100,7 @@ def train_on_pixels(args: Args, model: Ranker) -> None:
 
 
 def train_on_ranker(args: Args, model: Ranker) -> None:
-    teacher = timm.create_model(args.teacher, pretrained=not args.dry_run)
+    teacher = load_model(args.teacher, "teacher", pretrained=not args.dry_run)
     check_grid(model, teacher.grid, "teacher")
     dataset, transform = open_images(args, max(model.img_size, teacher.img_size), teacher.pretrained_cfg)
     if not args.init:
@@ -114,7 +116,7 @@ def train_on_ranker(args: Args, model: Ranker) -> None:
 
 
 def train_on_features(args: Args, model: Ranker) -> None:
-    teacher = timm.create_model(args.teacher, pretrained=not args.dry_run)
+    teacher = load_model(args.teacher, "teacher", pretrained=not args.dry_run)
     cfg = teacher.pretrained_cfg
     collapse(teacher, "random", remainder="none")  # only given orders are used
     size = teacher.patch_embed.img_size

@@ -18,7 +18,7 @@ from timm_collapse.order import (
     mix_random,
     spearman,
 )
-from timm_collapse.order.order import places_before_spreading
+from timm_collapse.order.resampling import places_before_spreading
 
 
 def random_order(images=3, grid=(14, 14), seed=0):

@@ -132,7 +132,7 @@ def test_mask_rates_of_the_schedules():
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "naflexvit_base_patch16_gap"])
 def test_the_first_blocks_and_the_embeddings_are_frozen(name):
-    freeze_first = load_script().freeze_first
+    freeze_first = load_script("cvit").freeze_first
     model = timm.create_model(name, embed_dim=32, depth=3, num_heads=2, num_classes=5)
     freeze_first(model, 0)
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..order import CollapseError, Order
-from ..order.order import stable_argsort
+from ..order.sorting import stable_argsort
 from .cells import coarse_grid
 
 

@@ -45,7 +45,7 @@ def note(text: str) -> None:
         print(f"dry run: {text}", file=sys.stderr)
 
 
-def prepare(args: TrainArgs) -> None:
+def prepare_arguments(args: TrainArgs) -> None:
     """Change arguments in place: no given weights, and a temporary folder for all that is written."""
     for name in ("init", "pretrained"):
         if getattr(args, name, None):

@@ -49,7 +49,7 @@ def parse_args(cls: type[Args], description: str, argv: Sequence[str] | None = N
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     if args.dry_run:
-        dry_run.prepare(args)
+        dry_run.prepare_arguments(args)
     torch.manual_seed(args.seed)
     return args
 

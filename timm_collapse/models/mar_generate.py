@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..order import ClassOrderBank, CollapseError, GenerationOrder, Order, tokens_per_step
 from ..order.errors import describe
-from ..order.order import stable_argsort
+from ..order.sorting import stable_argsort
 from .diffusion_process import draw_normal, schedule
 from .transformer import gather_tokens, scatter_tokens
 

@@ -27,7 +27,7 @@ from ..order import (
 )
 from ..order.errors import describe, values_readable
 from ..order.hierarchy import hierarchical_pagerank
-from ..order.order import check_spread, places_before_spreading
+from ..order.resampling import check_spread, places_before_spreading
 from .comae import CoMAE
 from .ranker import Ranker
 from .refine import hierarchical_dependency

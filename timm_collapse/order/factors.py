@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .errors import CollapseError
-from .order import stable_argsort, stable_sort
 from .precision import without_autocast
+from .sorting import stable_argsort, stable_sort
 
 
 def expected_errors(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from .budget import resolve_keep
 from .errors import CollapseError, check_grid, describe, values_readable
+from .resampling import check_spread, refined_ranks
+from .sorting import inverted, stable_argsort
 from .spread import bayer_ranks
 
 
@@ -67,13 +68,13 @@ class Order:
             CollapseError: Where a row is no permutation, or the grid does not fit.
         """
         grid = _check_permutations("indices", indices, grid)
-        return cls._from_permutations(grid, indices, _inverted(indices))
+        return cls._from_permutations(grid, indices, inverted(indices))
 
     @classmethod
     def from_ranks(cls, ranks: Tensor, grid: Sequence[int]) -> Order:
         """An order from the rank of every patch; as `from_indices`, with ranks (B, N) long, 0 = first."""
         grid = _check_permutations("ranks", ranks, grid)
-        return cls._from_permutations(grid, _inverted(ranks), ranks)
+        return cls._from_permutations(grid, inverted(ranks), ranks)
 
     @classmethod
     def with_spread_ties(cls, scores: Tensor, grid: Sequence[int]) -> Order:
@@ -103,7 +104,7 @@ class Order:
         # a stable sort of patches that are already laid out coarse to fine breaks the ties coarse to fine
         layout = bayer.argsort().to(values.device)
         indices = layout[stable_argsort(values[:, layout])]
-        return cls._from_permutations(grid, indices, _inverted(indices))
+        return cls._from_permutations(grid, indices, inverted(indices))
 
     @staticmethod
     def cat(orders: Sequence[Order]) -> Order:
@@ -141,7 +142,7 @@ class Order:
         """(B, N) long: the rank of every patch, 0 = first."""
         ranks = self._ranks
         if ranks is None:
-            ranks = _inverted(self.indices)
+            ranks = inverted(self.indices)
             if self._keeps(ranks):
                 self._ranks = ranks
         return ranks
@@ -252,74 +253,12 @@ class Order:
         if shared not in (grid, self._grid):
             return self.resample(shared).resample(grid, spread)
 
-        values, bayer = self.ranks.unflatten(1, self._grid).unsqueeze(1), bayer_ranks(grid)
+        bayer = bayer_ranks(grid)
         if shared == grid:
-            values = F.adaptive_avg_pool2d(values.float(), grid)
+            values = F.adaptive_avg_pool2d(self.ranks.unflatten(1, self._grid).unsqueeze(1).float(), grid).flatten(1)
         else:
-            rows, columns = (_parents(new, old, values.device) for new, old in zip(grid, self._grid, strict=True))
-            values = values[:, :, rows[:, None], columns]
-            if spread:
-                place = _place_in_parent(rows[:, None] * self._grid[1] + columns, bayer.to(values.device))
-                values = (1 - spread) / self.num_patches * values.double() + spread * place
-                values = (values * 2**30).round()  # equal sums are equal
-        return Order._coarse_to_fine(values.flatten(1), grid, bayer)
-
-
-def stable_sort(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """Every row (B, N) sorted, and the places (B, N) long that its values had; equal values keep their order."""
-    if torch.onnx.is_in_onnx_export():
-        return values.sort(dim=1, descending=descending)  # becomes TopK, which is stable
-    return values.sort(dim=1, descending=descending, stable=True)
-
-
-def stable_argsort(values: Tensor, descending: bool = False) -> Tensor:
-    """(B, N) long: argsort of every row; equal values keep their order."""
-    return stable_sort(values, descending)[1]
-
-
-def check_spread(spread: float) -> None:
-    """Raises CollapseError unless a spread is in [0, 1], see `Order.resample`."""
-    if isinstance(spread, bool) or not isinstance(spread, Real) or not 0 <= spread <= 1:
-        raise CollapseError(f"spread must be in [0, 1], got {describe(spread)}")
-
-
-def places_before_spreading(places: int, grid: tuple[int, int], old: tuple[int, int], spread: float) -> int:
-    """How many first places of an order on the grid `old` are enough for the first `places` on a finer `grid`.
-
-    Patches come by (1 - spread) x + spread y, with x and y in [0, 1): the line of those that come last cuts a triangle
-    or, above the diagonal, a trapezium from the unit square, whose area is the share of the patches. Where old patches
-    have different numbers of parts, all are taken to have the fewest.
-    """
-    old_patches = old[0] * old[1]
-    share, needed = places / (old_patches * (grid[0] // old[0]) * (grid[1] // old[1])), 1.0
-    if spread <= 0.5:
-        slope = spread / (1 - spread)
-        needed = share + slope / 2 if share >= slope / 2 else math.sqrt(2 * slope * share)
-    elif share <= (1 - spread) / spread / 2:
-        needed = math.sqrt(2 * spread / (1 - spread) * share)
-    return min(old_patches, math.ceil(needed * old_patches))
-
-
-def _place_in_parent(parents: Tensor, ranks: Tensor) -> Tensor:
-    """(h, w) in [0, 1): where each patch comes among those of the same parent, parents (h, w), by its rank (h w,)."""
-    flat = parents.flatten()
-    by_parent = (flat * len(flat) + ranks).argsort()
-    counts = flat.bincount()
-    starts = counts.cumsum(0) - counts
-    place = torch.empty(len(flat), dtype=torch.float64, device=flat.device)
-    place[by_parent] = torch.arange(len(flat), device=flat.device, dtype=place.dtype)
-    return ((place - starts[flat]) / counts[flat]).view_as(parents)
-
-
-def _parents(new: int, old: int, device: torch.device) -> Tensor:
-    """(new,) long: which of the `old` patches of an axis the centre of each of the `new` patches lies in."""
-    return (2 * torch.arange(new, device=device) + 1) * old // (2 * new)
-
-
-def _inverted(permutations: Tensor) -> Tensor:
-    """(B, N) long: the inverse of every row; turns indices into ranks and back."""
-    positions = torch.arange(permutations.shape[1], device=permutations.device).expand_as(permutations)
-    return torch.empty_like(permutations).scatter_(1, permutations, positions)
+            values = refined_ranks(self.ranks, self._grid, grid, bayer, spread)
+        return Order._coarse_to_fine(values, grid, bayer)
 
 
 def _rows(item: int | slice | Sequence | Tensor, batch: int, device: torch.device) -> slice | Tensor:
