@@ -1,23 +1,29 @@
 import pytest
 
-from timm_collapse.quickstart import quickstart
+from timm_collapse.quickstart import miniature, photos, quickstart
 
 
 @pytest.mark.slow
-def test_quickstart_trains_measures_and_draws(tmp_path, capsys):
-    """Real training in miniature: the learned order must beat random, and its reverse must lose."""
-    areas = quickstart(tmp_path, steps=100)
-    assert areas["random"] == 0
-    assert areas["collapse (ranker)"] < -0.1 and areas["reversed (ranker)"] > 0.1
-    assert areas["collapse (ranker)"] < areas["bayer (spread)"]
+def test_quickstart_measures_trains_and_draws(tmp_path, capsys, monkeypatch):
+    """The bundled orders must beat a spread on photos, a trained one random order, and the reverse must lose."""
+    for module, crops in ((photos, 2), (miniature, 8)):
+        monkeypatch.setattr(module, "CROPS", crops)
+    areas = quickstart(tmp_path, steps=40)
+    collapsed = [area for name, area in areas.items() if name.startswith("collapse ")]
+    assert areas["random"] == 0 and len(collapsed) == 2 and areas["reversed (tiny)"] > 0.1
+    assert max(collapsed) < -0.15 and max(collapsed) < areas["bayer (spread)"] - 0.05
+    assert areas["miniature: ranker"] < 0 < areas["miniature: ranker, reversed"]
+    assert areas["miniature: CoMAE"] < areas["miniature: bayer (spread)"] < areas["miniature: CoMAE, as published"]
     for file in (
-        "order.png",
+        "order_china.png",
+        "order_flower.png",
         "uncertainty.png",
+        "uncertainty_miniature.png",
         "comae.png",
         "dependency.png",
-        "classes.png",
         "ranker/model.safetensors",
         "comae/config.json",
     ):
         assert (tmp_path / file).stat().st_size > 0
-    assert "masks polarise" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "masks polarise" in out and "times as many" in out and "Next" in out

@@ -29,7 +29,8 @@ def test_every_publishable_model_has_its_file():
     configs = [read_config(path) for path in CONFIGS.values()]
     derived = {name for name in ours if is_derivable(name)}
     assert derived == {*BASES, *RESAMPLED} and {config.architecture for config in configs} | derived == ours
-    assert set(bundled_models()) <= {config.checkpoint for config in configs}
+    judges = {name for name in bundled_models() if name.startswith("collapse_reconstructor")}  # they only measure
+    assert judges and set(bundled_models()) - judges <= {config.checkpoint for config in configs}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

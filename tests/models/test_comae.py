@@ -33,6 +33,62 @@ def test_target_patch_leaks_into_neither_half(recipe):
     )
 
 
+@pytest.mark.parametrize("head", ["linear", "offset", "attention"])
+def test_an_excluded_neighbourhood_leaks_into_neither_half(head):
+    model = comae(head=head, exclude=1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    tokens, targets, noise = torch.randn(1, 16, 48), torch.tensor([[5, 0]]), torch.randn(1, 2, 15, 48)
+    weights = model.weights(tokens, targets)
+    full = torch.zeros(1, 2, 16).scatter(2, others(targets, 16), weights)
+    assert (full[0, 0] > 0).nonzero().flatten().tolist() == [3, 7, 11, 12, 13, 14, 15]
+    changed = tokens.clone()
+    changed[:, [0, 1, 2, 4, 5, 6, 8, 9, 10]] += 3.0
+    assert torch.equal(weights[:, :1], model.weights(changed, targets)[:, :1])
+    for given in (weights, torch.ones_like(weights)):
+        ours, theirs = (model.decode(x, targets, given, noise)[:, 0] for x in (tokens, changed))
+        assert torch.equal(ours, theirs)
+    changed[:, 7] += 3.0
+    assert not torch.equal(weights[:, :1], model.weights(changed, targets)[:, :1])
+
+
+def test_attention_speaks_from_the_first_step_and_an_even_one_says_nothing():
+    model, tokens, targets = comae(head="attention"), torch.randn(2, 16, 48), torch.tensor([[5], [6]])
+    position, image = model.logits(tokens, targets)
+    assert position.abs().max() == 0 and image.std() > 0.2
+    # the mean attention of the heads is a distribution over the 15 others
+    assert torch.allclose(image.exp().mean(-1), torch.ones(2, 1), atol=1e-5)
+    torch.nn.init.zeros_(model.encoder["key"].weight)
+    assert torch.allclose(model.logits(tokens, targets)[1], torch.zeros(2, 1, 15), atol=1e-5)
+
+
+def test_the_scale_fits_the_error_and_has_no_say_in_the_reconstruction():
+    model = comae(scale=True)
+    images, targets, noise = torch.randn(2, 3, 16, 16), torch.tensor([[1, 2], [3, 4]]), torch.randn(2, 2, 15, 48)
+    out = model(images, targets, noise, train_encoder=False)
+    out["loss"].backward()
+    plain = comae()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    expected = plain(images, targets, noise, train_encoder=False)
+    expected["loss"].backward()
+    assert torch.equal(out["l1"], expected["l1"]) and "nll" not in expected
+    grads = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(torch.equal(ours[name], grad) for name, grad in grads.items())
+    assert {name for name in ours if name not in grads} == {
+        f"decoder.scale.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")
+    }
+    optimizer = torch.optim.Adam(model.decoder["scale"].parameters(), lr=0.01)
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(images, targets, noise, train_encoder=False)["loss"].backward()
+        optimizer.step()
+    tokens = model.tokenizer(images)
+    found = model.reconstruct(tokens, targets, model.weights(tokens, targets), noise)
+    errors = (found.tokens - tokens.gather(1, targets.unsqueeze(-1).expand(-1, -1, 48))).abs().mean(-1)
+    assert torch.allclose(found.log_scale.exp(), errors, rtol=0.1)  # the best scale of a Laplace distribution
+
+
 def test_weights_are_in_the_unit_interval_for_any_logits():
     model = comae(recipe="paper")
     torch.nn.init.normal_(model.encoder["head"].weight, std=100.0)

@@ -299,7 +299,7 @@ def test_orderer_errors_name_what_was_given():
         (lambda: CollapseOrder.baseline("halton")(images), "grid"),
         (lambda: CollapseOrder(torch.nn.Linear(2, 2)), "Linear"),
         (lambda: CollapseOrder(ranker(), spread=2), "spread.*2"),
-        (lambda: orderer.graph(images), "CoMAE"),
+        (lambda: CollapseOrder.baseline("bayer").graph(images), "graph: only a CoMAE or a ranker.*'bayer'"),
         (lambda: CollapseOrder.from_pretrained("nothing_like_this"), "nothing_like_this"),
         (lambda: orderer(images).keep(0.0), "keep"),
         (lambda: orderer(images).keep(1.5), "keep"),

@@ -1,5 +1,6 @@
 import timm
 import torch
+from PIL import Image
 
 import timm_collapse  # noqa: F401
 from timm_collapse.models.transformer import Transformer, border_distances, gather_tokens, scatter_tokens
@@ -69,3 +70,16 @@ def test_training_lowers_the_error_of_hidden_patches():
         optimizer.step()
         losses.append(out["l1"].item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_bundled_judge_of_photos_knows_more_the_more_it_sees():
+    from sklearn.datasets import load_sample_image
+
+    from timm_collapse.data import eval_transform
+
+    judge = timm.create_model("collapse_reconstructor_tiny_224", pretrained=True).eval()
+    transform = eval_transform(224, judge.pretrained_cfg["mean"], judge.pretrained_cfg["std"])
+    tokens = judge.tokenizer(transform(Image.fromarray(load_sample_image("china.jpg"))).unsqueeze(0))
+    order = torch.randperm(196).unsqueeze(0)
+    errors = [judge.errors(tokens, order[:, :k], (14, 14)).sum().item() / (196 - k) for k in (0, 43, 98)]
+    assert errors[0] > 1.2 * errors[1] > 1.2 * 1.1 * errors[2]

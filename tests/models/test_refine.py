@@ -49,12 +49,13 @@ def test_levels_go_on_until_the_grid_is_fine_enough():
 
 def test_the_refined_order_refines_the_coarse_one():
     model, images = comae(), torch.randn(2, 3, 64, 64)
-    plain = CollapseOrder(model)(images, grid=(16, 16))
+    published = CollapseOrder(model, "pagerank", evidence="weights")
+    plain = published(images, grid=(16, 16))
     order = CollapseOrder(model, refine=0.5)(images, grid=(16, 16))
     assert order.grid == plain.grid and not torch.equal(order.ranks, plain.ranks)
     assert CollapseOrder(model, refine=0.5)(images, grid=(20, 12)).grid == (20, 12)
     coarse = CollapseOrder(model, refine=0.5)(images)
-    assert torch.equal(coarse.ranks, CollapseOrder(model)(images).ranks)  # nothing to refine
+    assert torch.equal(coarse.ranks, published(images).ranks)  # nothing to refine
     # inside a refined cell, the places differ from image to image; Bayer's are the same in all
     cells = coarse.keep(0.5)
     ranks = order.ranks.view(2, 4, 4, 4, 4).transpose(2, 3).reshape(2, 16, 16)
@@ -78,6 +79,7 @@ def test_wrong_arguments():
         (lambda: hierarchical_dependency(model, images, (0, 8)), "grid"),
         (lambda: CollapseOrder(model, refine=1.5), r"refine: must be in \[0, 1\].*1.5"),
         (lambda: CollapseOrder(model, refine=0.2, ranking="coverage"), "refine.*coverage"),
+        (lambda: CollapseOrder(model, refine=0.2, evidence="errors"), "refine.*errors"),
         (lambda: CollapseOrder("bayer", refine=0.2), "refine.*bayer"),
         (lambda: CollapseOrder(model, refine="much"), "refine.*much"),
     ):

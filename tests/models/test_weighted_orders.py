@@ -80,3 +80,6 @@ def test_an_order_that_knows_no_uncertainty_refuses_them(images, name):
         CollapseOrder.baseline(name)(images, (4, 4), weights=torch.ones(4, 16))
     with pytest.raises(CollapseError, match="weights must be of shape"):
         ranker()(images, weights=torch.ones(4, 16))
+    comae = timm.create_model("comae_tiny", img_size=32, dim=32, depth=1, decoder_dim=32, decoder_depth=1)
+    with pytest.raises(CollapseError, match="weights must be None for CoMAE"):
+        CollapseOrder(comae, refine=0.2)(images, weights=torch.ones(4, 16))

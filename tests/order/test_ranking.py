@@ -10,11 +10,11 @@ def random_graph(batch=3, patches=14, seed=0):
     return torch.rand(batch, patches, patches, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def slow_coverage(graph):
+def slow_coverage(graph, beta=None):
     """The greedy of the definition, in plain Python: the list of patches, best first."""
     n = len(graph)
     graph = [[1.0 if i == j else float(graph[i][j]) for j in range(n)] for i in range(n)]
-    unexplained, chosen = [1.0] * n, []
+    unexplained, chosen = beta or [1.0] * n, []
     while len(chosen) < n:
         gains = {j: sum(unexplained[i] * graph[i][j] for i in range(n)) for j in range(n) if j not in chosen}
         best = max(gains, key=gains.get)
@@ -34,6 +34,23 @@ def test_coverage_against_plain_python(power):
     scores = rank_graph(graph, "coverage")
     assert descending(scores) == [slow_coverage(one.tolist()) for one in graph]
     assert scores.sort(dim=1).values[0].tolist() == pytest.approx([(n + 1) / 14 for n in range(14)])
+
+
+def test_rankings_weigh_what_is_explained_by_how_much_there_is_to_know():
+    graph, beta = random_graph(), torch.rand(3, 14, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = {ranking: rank_graph(graph, ranking, personalization=7 * beta) for ranking in RANKINGS}
+    slow = [slow_coverage(one.tolist(), weights) for one, weights in zip(graph, beta.tolist())]
+    assert descending(found["coverage"]) == slow
+    weighted = torch.einsum("bn,bnj->bj", beta / beta.sum(1, keepdim=True), graph)
+    torch.testing.assert_close(found["in_degree"], weighted)
+    assert torch.equal(found["pagerank"], pagerank(graph, personalization=7 * beta))
+    assert torch.equal(found["transposed"], pagerank(graph.mT, personalization=7 * beta))
+    for ranking, scores in found.items():
+        assert descending(scores) != descending(rank_graph(graph, ranking))
+        even = rank_graph(graph, ranking, personalization=torch.full((14,), 3.0))
+        assert descending(even) == descending(rank_graph(graph, ranking))
+        with pytest.raises(CollapseError, match="personalization must be non-negative"):
+            rank_graph(graph, ranking, personalization=-beta)
 
 
 def test_coverage_avoids_the_cluster_that_pagerank_picks():

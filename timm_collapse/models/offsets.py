@@ -30,6 +30,13 @@ def offset_index(targets: Tensor, index: Tensor, grid: tuple[int, int]) -> Tenso
     return (index // w - target // w + h - 1) * (2 * w - 1) + (index % w - target % w + w - 1)
 
 
+def close(targets: Tensor, grid: tuple[int, int], radius: int) -> Tensor:
+    """(B, M) -> (B, M, N - 1): which of the `others` lie within a radius, in patches, rows and columns each."""
+    h, w = grid
+    index, target = others(targets, h * w), targets.unsqueeze(-1)
+    return ((index // w - target // w).abs() <= radius) & ((index % w - target % w).abs() <= radius)
+
+
 def neighbourhood(seen: Tensor, targets: Tensor, grid: tuple[int, int], radius: int) -> Tensor:
     """Tokens around each target, row by row, without it; 0 beyond the border.
 

@@ -33,7 +33,10 @@ from .ranker import Ranker
 from .refine import hierarchical_dependency
 from .tokenizer import resize_images
 
-SETTINGS = ("ranking", "damping", "spread", "refine")
+EVIDENCE = ("errors", "weights")
+"""What the dependency graph of a CoMAE is made of."""
+
+SETTINGS = ("ranking", "damping", "spread", "refine", "evidence")
 """Attributes of an orderer that are saved beside its network."""
 
 
@@ -43,7 +46,8 @@ class CollapseOrder(nn.Module):
     Args:
         model: A `CoMAE` (exact: its dependency graph, then `ranking`), a `Ranker` (a few cheap phases), or the name of
             a baseline. A network is frozen and put into eval mode.
-        ranking: For a CoMAE: "coverage", "pagerank", "in_degree" or "transposed".
+        ranking: For a CoMAE: "coverage", "pagerank" (the published rule), "in_degree" or "transposed". None: "pagerank"
+            with `refine`, else "coverage".
         damping: For the rankings that walk.
         seed: For the baseline "random": an int always gives the same sequence. None draws from torch's own generator:
             each worker of a DataLoader and each epoch has its own orders, and `torch.manual_seed` repeats them.
@@ -51,6 +55,10 @@ class CollapseOrder(nn.Module):
             `Order.resample`. The default is measured (docs/results.md, spread_tin100).
         refine: For a CoMAE with the ranking "pagerank", on finer grids than its own: the share of the patches that are
             looked at closer, again and again (`hierarchical_dependency`). 0: the coarse order is resampled.
+        evidence: For a CoMAE, what its graph is made of. "errors": what the decoder's errors owe to each patch, and
+            every patch counts by how much there is to know about it (`CoMAE.evidence`). "weights": the encoder's alone,
+            and all patches count alike, as published. None: "weights" with `refine`, which needs it, else "errors". The
+            defaults are measured (docs/results.md, comae).
 
     `half`, `bfloat16` and `to` cast the network's layers; what it predicts is ranked in float32. Its weights never go
     to the meta device; where they were built on it, they are loaded again from `source`.
@@ -65,25 +73,31 @@ class CollapseOrder(nn.Module):
     def __init__(
         self,
         model: CoMAE | Ranker | str,
-        ranking: str = "pagerank",
+        ranking: str | None = None,
         damping: float = 0.85,
         seed: int | None = None,
         spread: float = 0.3,
         refine: float = 0.0,
+        evidence: str | None = None,
     ):
         super().__init__()
         self.training, self.source = False, None
+        ranking = ranking or ("pagerank" if refine else "coverage")
+        evidence = evidence or ("weights" if refine else "errors")
         if ranking not in RANKINGS:
             raise CollapseError(f"ranking: must be one of {', '.join(RANKINGS)}, got {ranking!r}")
+        if evidence not in EVIDENCE:
+            raise CollapseError(f"evidence: must be one of {', '.join(EVIDENCE)}, got {evidence!r}")
         check_spread(spread)
-        usable = isinstance(model, CoMAE) and ranking == "pagerank"
+        usable = isinstance(model, CoMAE) and (ranking, evidence) == ("pagerank", "weights")
         if not isinstance(refine, Real) or not 0 <= refine <= 1 or (refine and not usable):
             kind = model if isinstance(model, str) else type(model).__name__
             raise CollapseError(
-                "refine: must be in [0, 1], and other than 0 only for a CoMAE with the ranking 'pagerank', got "
-                f"{refine!r} for {kind} with {ranking!r}"
+                "refine: must be in [0, 1], and other than 0 only for a CoMAE with the ranking 'pagerank' of its "
+                f"weights, got {refine!r} for {kind} with {ranking!r} of its {evidence}"
             )
         self.ranking, self.damping, self.spread, self.refine = ranking, damping, spread, refine
+        self.evidence = evidence
         self.baseline_name = model if isinstance(model, str) else None
         if self.baseline_name is not None:
             if model not in BASELINES:
@@ -125,7 +139,7 @@ class CollapseOrder(nn.Module):
         Args:
             name: A registered model with weights ("collapse_ranker_tiny"), a local folder ("runs/ranker" or
                 "local-dir:runs/ranker"), or a Hub id ("me/my-ranker" or "hf-hub:me/my-ranker").
-            kwargs: For `CollapseOrder`: ranking, damping, spread, refine.
+            kwargs: For `CollapseOrder`: ranking, damping, spread, refine, evidence.
 
         Raises:
             CollapseError: Nothing of that name, or a model that makes no order.
@@ -205,29 +219,49 @@ class CollapseOrder(nn.Module):
             finest = self.grid if isinstance(graph, Tensor) else graph.grid
             return Order.with_spread_ties(hierarchical_pagerank(graph, self.damping), finest).resample(grid)
         else:
-            scores = rank_graph(self.graph(images), self.ranking, self.damping)
+            graph, unknown = self._evidence(images)
+            if weights is not None:
+                unknown = weights if unknown is None else unknown * weights
+            scores = rank_graph(graph, self.ranking, self.damping, unknown)
         return (Order if check else Order.unchecked)(scores, self.grid).resample(grid, self.spread)
 
     def _refuse_weights(self) -> None:
         """Raises CollapseError where the orderer's scores are no uncertainty of patches."""
-        if isinstance(self.model, Ranker) or self.baseline_name in UNCERTAINTIES:
+        if self.baseline_name in UNCERTAINTIES or self.model is not None and not self.refine:
             return
         kind = self.baseline_name or type(self.model).__name__
         raise CollapseError(
-            f"weights must be None for {kind}, which knows no uncertainty of patches that could count more; a ranker "
-            f"and the baselines {' and '.join(UNCERTAINTIES)} do"
+            f"weights must be None for {kind}, which knows no uncertainty of patches that could count more; "
+            f"rankers, a CoMAE without refine, and the baselines {' and '.join(UNCERTAINTIES)} do"
         )
 
     @torch.no_grad()
     def graph(self, images: Tensor) -> Tensor:
-        """Dependency graph (B, N, N) of a CoMAE: A[i, j] is the influence of patch j on patch i."""
-        if not isinstance(self.model, CoMAE):
-            raise CollapseError("graph: only a CoMAE has a dependency graph")
+        """The dependency graph of each image, for a network.
+
+        Args:
+            images: As `forward` takes them.
+
+        Returns:
+            (B, N, N) in [0, 1], 0 on the diagonal: A[i, j] is the influence of patch j on patch i. Of a CoMAE what
+            `evidence` says; of a ranker the share of the variance of patch i that patch j alone explains.
+
+        Raises:
+            CollapseError: A baseline, or images as `forward` refuses them.
+        """
+        if self.model is None:
+            raise CollapseError(f"graph: only a CoMAE or a ranker has a dependency graph, not {self.baseline_name!r}")
         images = self._checked(images)
         if (ready := self._ready(images.device)) is not self:
             return ready.graph(images)
-        side = self.model.img_size
-        return self.model.dependency(resize_images(images, (side, side)))
+        return self._evidence(images)[0]
+
+    def _evidence(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The graph, and how much there is to know about each patch; None: of all alike."""
+        if isinstance(self.model, Ranker):
+            return self.model.evidence(images)
+        images = resize_images(images, (self.model.img_size, self.model.img_size))
+        return self.model.evidence(images) if self.evidence == "errors" else (self.model.dependency(images), None)
 
     @property
     def needs_colour(self) -> bool:
@@ -288,7 +322,7 @@ class CollapseOrder(nn.Module):
         if self.baseline_name == "random":
             words = f" seed {(self.generator or torch).initial_seed()}"
         elif isinstance(self.model, CoMAE):
-            words = f" {self.ranking} {self.damping:g}"
+            words = f" {self.ranking} {self.damping:g}{' of errors' * (self.evidence == 'errors')}"
         if self.grid is not None and any(new > own for new, own in zip(grid, self.grid, strict=True)):
             words += f" refine {self.refine:g}" if self.refine else f" spread {self.spread:g}"
         return words.strip()
@@ -320,6 +354,6 @@ def _settings(file: Path | None) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
         # orders of older files, which know only the first two, were not spread
-        return {name: {"spread": 0.0, "refine": 0.0, **values}[name] for name in SETTINGS}
+        return {name: {"spread": 0.0, "refine": 0.0, "evidence": "weights", **values}[name] for name in SETTINGS}
     except (ValueError, KeyError, TypeError) as error:
         raise CollapseError(f"name: {file} is damaged: {error!r}") from error

@@ -18,6 +18,7 @@ from ..order import (
     CollapseError,
     check_images,
     condition,
+    dependencies,
     expected_errors,
     neighbour_kernel,
     parallel_picks,
@@ -173,6 +174,20 @@ class Ranker(nn.Module):
         added = (revealed[:, 1:].sum(-1) - revealed[:, :1].sum(-1)).clamp_min(1)
         gain_loss = (F.smooth_l1_loss(predicted_gain, gain, reduction="none") / added).mean()
         return {"loss": error_map + 0.1 * gain_loss, "map": error_map.detach(), "gain": gain_loss.detach()}
+
+    @torch.no_grad()
+    def evidence(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The dependency graph of the factor model where nothing is visible yet: one pass.
+
+        Args:
+            images: (B, C, H, W), normalised; any size.
+
+        Returns:
+            graph (B, N, N) in [0, 1): A[i, j] = C_ij^2 / (v_i v_j), share of the variance of patch i that patch j alone
+            explains (with what neighbours share anyway), 0 on the diagonal; unknown (B, N): the standard deviations.
+        """
+        unknown, graph = dependencies(*self.factors(self.static(images)), self.kernel)
+        return graph.clamp(max=1.0), unknown
 
     @torch.no_grad()
     def rank(

@@ -100,10 +100,22 @@ class Reconstructor(nn.Module):
         return {"loss": error.mean() + 0.1 * nll, "l1": error.mean().detach(), "nll": nll.detach()}
 
 
-default_cfgs = generate_default_cfgs({"collapse_reconstructor_tiny.untrained": pixel_cfg()})
+default_cfgs = generate_default_cfgs(
+    {
+        "collapse_reconstructor_tiny.untrained": pixel_cfg(),
+        "collapse_reconstructor_tiny_224.photos": pixel_cfg("collapse_reconstructor_tiny_224.photos", img_size=224),
+    }
+)
 
 
 @register_model
 def collapse_reconstructor_tiny(pretrained: bool = False, **kwargs) -> Reconstructor:
     """4 + 3 blocks of width 128 on 8 px patches of 64 px images."""
     return build(Reconstructor, "collapse_reconstructor_tiny", pretrained, {}, kwargs)
+
+
+@register_model
+def collapse_reconstructor_tiny_224(pretrained: bool = False, **kwargs) -> Reconstructor:
+    """The same on 16 px patches of photos at 224 px; its weights are a judge that no bundled orderer learned from."""
+    defaults = {"img_size": 224, "patch_size": 16}
+    return build(Reconstructor, "collapse_reconstructor_tiny_224", pretrained, defaults, kwargs)

@@ -7,6 +7,7 @@ from .budget import check_keep, check_keeps, parse_keep, resolve_keep
 from .errors import CollapseError, check_grid, check_images
 from .factors import (
     condition,
+    dependencies,
     expected_errors,
     neighbour_kernel,
     parallel_order,
@@ -40,6 +41,7 @@ __all__ = [
     "check_keep",
     "check_keeps",
     "condition",
+    "dependencies",
     "expected_errors",
     "halton_ranks",
     "hierarchical_pagerank",

@@ -83,14 +83,31 @@ def single_errors(loadings: Tensor, noise: Tensor) -> Tensor:
         (B, 1 + N, N): first s, that of every patch; then for each patch j that is revealed s_n sqrt(1 - rho_nj^2), with
         rho the correlation of two patches, but for n = j, where it stays s_j. Differentiable.
     """
+    deviation, shared = dependencies(loadings, noise)
+    deviation = deviation.unsqueeze(1)
+    return torch.cat([deviation, deviation * (1.0 - shared).clamp_min(1e-6).sqrt()], 1)
+
+
+def dependencies(loadings: Tensor, noise: Tensor, kernel: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The dependency graph of a factor model.
+
+    Args:
+        loadings: (B, N, r).
+        noise: (B, N), > 0.
+        kernel: (N, N), see `parallel_picks`; None: nothing is shared by places alone.
+
+    Returns:
+        deviation (B, N), the standard deviation of each patch, and graph (B, N, N): rho_ij^2, the share of the variance
+        of patch i that patch j alone explains, 0 on the diagonal. Differentiable.
+    """
     g = loadings.float()
     with without_autocast(g):
         covariance = torch.bmm(g, g.mT)
         variance = covariance.diagonal(dim1=1, dim2=2) + noise.float()
-        deviation = variance.sqrt().unsqueeze(1)
         shared = covariance.square() / variance.unsqueeze(1) / variance.unsqueeze(2)
-        others = 1.0 - torch.eye(shared.shape[1], device=shared.device)
-        return torch.cat([deviation, deviation * (1.0 - shared * others).clamp_min(1e-6).sqrt()], 1)
+        if kernel is not None:
+            shared = shared + (1.0 - shared) * kernel.float()
+        return variance.sqrt(), shared * (1.0 - torch.eye(shared.shape[1], device=shared.device))
 
 
 @torch.no_grad()

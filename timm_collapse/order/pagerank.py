@@ -35,7 +35,7 @@ def pagerank(A: Tensor, damping: float = 0.85, personalization: Tensor | None = 
     check_graph(A)
     check_damping(damping)
     A = A.to(torch.promote_types(A.dtype, torch.float32))
-    jump = _jump(A, personalization)
+    jump = jump_distribution(A, personalization)
 
     A = summable(A)
     total = A.sum(dim=-1, keepdim=True)
@@ -64,8 +64,8 @@ def check_damping(damping: float) -> None:
         raise CollapseError(f"damping must be in [0, 1), got {damping}")
 
 
-def _jump(A: Tensor, personalization: Tensor | None) -> Tensor:
-    """The distribution of the jumps, in the shape of the result."""
+def jump_distribution(A: Tensor, personalization: Tensor | None) -> Tensor:
+    """A checked personalization as a distribution, in the shape of PageRank's result; uniform for None."""
     if personalization is None:
         return A.new_full(A.shape[:-1], 1 / A.shape[-1])
     shapes = {tuple(A.shape[-1:]), tuple(A.shape[:-1])}

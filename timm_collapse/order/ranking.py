@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from .errors import CollapseError
-from .pagerank import check_graph, pagerank, summable
+from .pagerank import check_graph, jump_distribution, pagerank, summable
 from .precision import without_autocast
 
 RANKINGS = ("pagerank", "coverage", "in_degree", "transposed")
 
 
-def rank_graph(A: Tensor, ranking: str = "pagerank", damping: float = 0.85) -> Tensor:
+def rank_graph(
+    A: Tensor, ranking: str = "pagerank", damping: float = 0.85, personalization: Tensor | None = None
+) -> Tensor:
     """Scores of the patches of dependency graphs; descending scores are the collapse order.
 
     - "pagerank": the published rule. It is additive: each patch earns by itself, whatever is chosen with it. So it
@@ -28,35 +30,43 @@ def rank_graph(A: Tensor, ranking: str = "pagerank", damping: float = 0.85) -> T
             "coverage".
         ranking: One of RANKINGS.
         damping: In [0, 1), for the two that walk.
+        personalization: (B, N) or (N,), the paper's beta: how much there is to know about each patch. The two that walk
+            jump to it, "coverage" and "in_degree" weigh by it what is explained of each patch. Non-negative, finite,
+            not all zero; only ratios matter. Uniform by default.
 
     Returns:
         (B, N) or (N,) scores, higher = earlier, at least float32.
 
     Raises:
-        CollapseError: For an unknown ranking, a wrong A or damping.
+        CollapseError: For an unknown ranking, a wrong A, damping or personalization.
     """
     check_graph(A)
     if ranking == "pagerank":
-        return pagerank(A, damping)
+        return pagerank(A, damping, personalization)
     if ranking == "transposed":
-        return pagerank(A.mT, damping)
+        return pagerank(A.mT, damping, personalization)
     if ranking == "in_degree":
-        return summable(A.to(torch.promote_types(A.dtype, torch.float32)), (-2, -1)).sum(dim=-2)
+        weighted = A.to(torch.promote_types(A.dtype, torch.float32))
+        if personalization is not None:
+            weighted = weighted * jump_distribution(weighted, personalization).unsqueeze(-1)
+        return summable(weighted, (-2, -1)).sum(dim=-2)
     if ranking == "coverage":
-        return coverage_scores(A)
+        return coverage_scores(A, personalization)
     raise CollapseError(f"ranking must be one of {', '.join(RANKINGS)}, got {ranking!r}")
 
 
 @torch.no_grad()
-def coverage_scores(A: Tensor) -> Tensor:
+def coverage_scores(A: Tensor, personalization: Tensor | None = None) -> Tensor:
     """Greedy coverage: the next patch j maximises sum_n u_n A[n, j].
 
-    u_n = prod over the chosen j of (1 - A[n, j]) is what is still unexplained about patch n. A patch explains itself
+    u_n = beta_n times the product over the chosen j of (1 - A[n, j]) is what is still unexplained about patch n, with
+    the personalization beta (uniform by default). A patch explains itself
     wholly (the diagonal counts as 1), so it earns its own u_j as well, and u_j = 0 once it is chosen. Equal gains, also
     when all is explained, fall in row-major order. N steps of O(N^2) each; no gradient.
 
     Args:
         A: (B, N, N) or (N, N) in [0, 1]: A[i, j] = influence of patch j on patch i.
+        personalization: (B, N) or (N,), see `rank_graph`.
 
     Returns:
         (B, N) or (N,): (N - rank) / N, at least float32.
@@ -72,6 +82,9 @@ def coverage_scores(A: Tensor) -> Tensor:
     num_graphs, num_patches = graph.shape[:2]
     rows = torch.arange(num_graphs, device=A.device)
     unexplained = graph.new_ones(num_graphs, num_patches)
+    if personalization is not None:
+        unexplained = jump_distribution(A, personalization).to(graph.dtype).reshape(-1, num_patches)
+        unexplained = unexplained / unexplained.amax(dim=1, keepdim=True)
     chosen = torch.zeros(num_graphs, num_patches, dtype=torch.bool, device=A.device)
     scores = torch.empty_like(unexplained)
     with without_autocast(A):  # half products would change close choices
