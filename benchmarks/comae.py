@@ -1,7 +1,7 @@
 """CoMAE ablation, as in Table 1 of the paper, and what can be made of its graphs.
 
-    python benchmarks/comae.py --judge runs/judge64 --dataset data/tiny-imagenet-100 \
-        --runs "default=runs/comae_s0" "no contrastive=runs/comae_nocon" --seeds runs/comae_s0 runs/comae_s1
+    python benchmarks/comae.py --judge runs/judge64 --dataset data/tiny-imagenet-100 --images 300 --few 100 \
+        --seeds runs/comae_s0 runs/comae_s1 --runs "no contrastive=runs/comae_nocon" --ranker collapse_ranker_tiny
 """
 
 from __future__ import annotations
@@ -9,109 +9,224 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 import timm_collapse  # noqa: F401  (registers the models)
-from timm_collapse import CollapseOrder, Order
+from timm_collapse import CollapseOrder, CoMAE, Order
 from timm_collapse.data import eval_transform, open_dataset
 from timm_collapse.evaluation import uncertainty_curve
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.evaluation.uncertainty import visible_counts
-from timm_collapse.order import image_dependence, rank_graph, spearman
-from timm_collapse.plots import plot_training, save
+from timm_collapse.models.transformer import use_plain_attention
+from timm_collapse.order import RANKINGS, image_dependence, rank_graph, spearman
 
-RANKINGS = ("pagerank", "coverage", "in_degree", "transposed")
+BATCH, POINTS = 10, 10
+EVIDENCE = {  # what is ranked: which graph, and what says how much there is to know about each patch
+    "weights": ("weights", ""),
+    "weights, scale": ("weights", "expected"),
+    "weights, beta": ("weights", "unknown"),
+    "errors": ("errors", ""),
+    "errors, beta": ("errors", "unknown"),
+}
+
+
+class Graphs(NamedTuple):
+    """Of B images: the weights, the graph of the errors, beta, what is left of it, and what was expected to be left.
+
+    Of a ranker only the second and the third.
+    """
+
+    weights: Tensor | None
+    errors: Tensor
+    unknown: Tensor
+    left: Tensor | None
+    expected: Tensor | None
+
+    def ranked(self, ranking: str, evidence: str) -> Tensor:
+        graph, beta = EVIDENCE[evidence]
+        return rank_graph(getattr(self, graph), ranking, personalization=getattr(self, beta) if beta else None)
+
+
+class Measure:
+    """Areas against random order, of the first images."""
+
+    def __init__(self, judge, images: Tensor):
+        self.judge, self.images = judge, images
+        self.grid = judge.tokenizer.grid(images.shape[-2:])
+        self.visible = visible_counts(self.grid[0] * self.grid[1], POINTS)
+        self.random = self.curve(CollapseOrder.baseline("random", seed=0)(images, self.grid))
+
+    def curve(self, order: Order):
+        with torch.autocast("cpu", torch.bfloat16):
+            return uncertainty_curve(self.judge, self.images[: len(order)], order, self.visible)
+
+    def area(self, scores: Tensor) -> float:
+        areas = self.curve(Order(scores, self.grid)).areas
+        return float(areas.mean() / self.random.areas[: len(areas)].mean() - 1)
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=FOLDER", help="trainings of equal budget")
-    parser.add_argument("--seeds", nargs="*", default=[], help="folders of trainings that differ by their seed")
-    parser.add_argument("--judge", required=True, help="folder of a reconstructor (train/reconstructor.py)")
-    parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--images", type=int, default=128)
+    add = parser.add_argument
+    add("--seeds", nargs="+", required=True, metavar="FOLDER", help="trainings of the default, by their seed")
+    add("--runs", nargs="*", default=[], metavar="NAME=FOLDER", help="others of equal budget")
+    add("--ranker", default="", help="registered name or folder, whose graph is ranked, too")
+    add("--judge", required=True, help="folder of a reconstructor (train/reconstructor.py)")
+    add("--dataset", default="digits")
+    add("--split", default="validation")
+    add("--images", type=int, default=300, help="for the default")
+    add("--few", type=int, default=100, help="for the others")
+    add("--note", default="", help="text under the tables: how judge and models were trained")
     args = parser.parse_args()
 
     judge = timm.create_model(f"local-dir:{args.judge}", pretrained=True).eval()
+    use_plain_attention(judge)
     cfg = judge.pretrained_cfg
     dataset = open_dataset(args.dataset, args.split).dataset
     args.images = min(args.images, len(dataset))
     transform = eval_transform(judge.img_size, cfg["mean"], cfg["std"])
-    images = torch.stack([transform(dataset[i * len(dataset) // args.images][0]) for i in range(args.images)])
-    grid = judge.tokenizer.grid((judge.img_size, judge.img_size))
-    visible = visible_counts(grid[0] * grid[1], 16)
-    random = uncertainty_curve(judge, images, CollapseOrder.baseline("random")(images, grid), visible)
+    # every part of them is spread over the classes
+    index = torch.arange(args.images) * len(dataset) // args.images
+    index = index[torch.randperm(args.images, generator=torch.Generator().manual_seed(0))]
+    measure = Measure(judge, torch.stack([transform(dataset[int(i)][0]) for i in index]))
 
-    folders = dict(run.split("=", 1) for run in args.runs)
-    rows, ranked, data = [], [], {}
+    names = [f"default, seed {i}" for i in range(len(args.seeds))]
+    folders = dict(zip(names, args.seeds)) | dict(run.split("=", 1) for run in args.runs)
+    described, ranked, data, kept = [], [], {}, {}
     for name, folder in tqdm(folders.items(), desc="runs"):
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        graph = torch.cat([model.dependency(part) for part in images.split(16)])
-        found = {**losses(model, images), **describe(graph)}
-        data[name] = found
-        rows.append({"run": name, **{key: f"{value:.3f}" for key, value in found.items()}})
-        areas = {}
-        for ranking in RANKINGS:
-            order = Order(rank_graph(graph, ranking), grid)
-            curve = uncertainty_curve(judge, images, order, visible)
-            areas[ranking] = {"area": curve.area / random.area - 1, "sum": curve.sum_area / random.sum_area - 1,
-                              "image_spearman": image_dependence(order).pairwise_spearman}  # fmt: skip
-        data[name]["rankings"] = areas
-        ranked.append(
-            {
-                "run": name,
-                **{r: f"{v['area']:+.1%} / {v['sum']:+.1%} ({v['image_spearman']:.2f})" for r, v in areas.items()},
-            }
-        )
-        save(
-            plot_training(Path(folder) / "log.jsonl", keys=("l1", "entropy", "weight")),
-            f"docs/comae_{Path(folder).name}.png",
-        )
+        images = measure.images if name in names else measure.images[: args.few]
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().requires_grad_(False)
+        use_plain_attention(model)
+        graphs = kept[name] = graphs_of(model, images)
+        data[name] = {**losses(model, images[: args.few]), **describe(graphs)}
+        described.append({"run": name, **{key: f"{value:.3f}" for key, value in data[name].items()}})
+        data[name]["areas"] = rank_all(measure, graphs, EVIDENCE)
+        ranked += rows_of(name, data[name]["areas"])
+    if args.ranker:
+        ranker = CollapseOrder.from_pretrained(args.ranker).model
+        graphs = Graphs(None, *ranker.evidence(measure.images[: args.few]), None, None)
+        data["ranker"] = {"areas": rank_all(measure, graphs, ["errors", "errors, beta"])}
+        ranked += rows_of("ranker, its factor model", data["ranker"]["areas"])
 
-    steps = json.loads((Path(next(iter(folders.values()))) / "recipe.json").read_text())["arguments"]["steps"]
+    first = kept[names[0]]
+    data["oracles"] = oracles(measure, first)
+    steps = json.loads((Path(args.seeds[0]) / "recipe.json").read_text())["arguments"]["steps"]
     text = [
-        f"{args.images} images of {Path(args.dataset).name} ({args.split}); all runs {steps} steps, the same data "
-        "and seeds. L1: error of the target under the model's own mask, mean over features; the paper sums. `L1, all "
-        "seen`: with all weights 1. `entropy`: H_mask, a target's sum of -w log w. `static`: mean cosine between the "
-        "rows of the same target in different images (1 = the mask does not see the image).",
-        markdown_table(rows),
-        "The same graphs ranked: area against random order, of mean / summed hidden error (Spearman between the orders "
-        "of different images).",
+        f"{args.images} images of {Path(args.dataset).name} ({args.split}) for the default, {args.few} for the others; "
+        f"all runs {steps} steps on the same data. L1: error of the target under the model's own mask, mean over "
+        "features; the paper sums. `L1, all seen`: with all weights 1. `entropy`: H_mask, a target's sum of -w log w. "
+        "`cosine`: between the rows of the same target in different images, of the weights and of the graph of the "
+        "errors (1 = the row does not see the image). `image`: share of the variance of the logits inside a row that "
+        "comes from the image's part, not from the table of positions; the heads of the paper do not tell them apart.",
+        markdown_table(described),
+        "The graphs ranked: area against random order, lower is better (Spearman between the orders of different "
+        "images). `weights`: the encoder's, as published; `errors`: what the decoder's errors owe to each patch; "
+        "`beta`: patches count by their error given nothing; `scale`: by the error that the decoder expects. The "
+        "ranker's graph is that of its factor model where nothing is seen.",
         markdown_table(ranked),
+        f"What the default's order (coverage; errors, beta; {names[0]}) is made of:",
+        markdown_table([{"order": name, "area": f"{area:+.1%}"} for name, area in data["oracles"].items()]),
     ]
-    if len(args.seeds) > 1:
-        models = [timm.create_model(f"local-dir:{folder}", pretrained=True).eval() for folder in args.seeds[:2]]
-        graphs = [torch.cat([model.dependency(part) for part in images.split(16)]) for model in models]
-        agree = {r: float(spearman(*(Order(rank_graph(g, r), grid) for g in graphs)).mean()) for r in RANKINGS}
-        data["seed_agreement"] = agree
+    if len(names) > 1:
+        data["seed_agreement"] = agree = {
+            f"{ranking} ({evidence})": agreement(first, kept[names[1]], ranking, evidence, measure.grid)
+            for evidence in ("weights", "errors, beta")
+            for ranking in RANKINGS
+        }
         listed = ", ".join(f"{ranking} {value:.2f}" for ranking, value in agree.items())
         text.append(f"Agreement of two training seeds (mean Spearman of their orders of the same image): {listed}.")
+    text += [args.note] * bool(args.note)
     write_section("comae", "CoMAE: ablation and rankings", "\n\n".join(text), data)
     print("\n\n".join(text))
 
 
-def losses(model, images: torch.Tensor) -> dict[str, float]:
-    """L1 of sampled targets under the model's masks and with everything visible."""
+def graphs_of(model: CoMAE, images: Tensor) -> Graphs:
+    parts = []
+    for some in tqdm(images.split(BATCH), desc="graphs", leave=False):
+        graph, unknown = model.evidence(some)
+        # what one patch tells alone is twice its share: half of all is told by all together
+        left = unknown * (0.5 * torch.log1p(-graph).sum(-1)).exp()
+        parts.append((model.dependency(some), graph, unknown, left, model.expected(some)))
+    return Graphs(*(torch.cat(part) for part in zip(*parts)))
+
+
+def rank_all(measure: Measure, graphs: Graphs, evidences) -> dict[str, dict[str, tuple[float, float]]]:
+    """By evidence and ranking: the area, and the Spearman correlation between images."""
+    found = {}
+    for evidence in tqdm(evidences, desc="rankings", leave=False):
+        scores = {ranking: graphs.ranked(ranking, evidence) for ranking in RANKINGS}
+        found[evidence] = {
+            ranking: (measure.area(s), image_dependence(Order(s, measure.grid)).pairwise_spearman)
+            for ranking, s in scores.items()
+        }
+    return found
+
+
+def rows_of(name: str, areas: dict[str, dict[str, tuple[float, float]]]) -> list[dict[str, str]]:
+    return [
+        {"run": name, "evidence": evidence, **{r: f"{area:+.1%} ({alike:.2f})" for r, (area, alike) in found.items()}}
+        for evidence, found in areas.items()
+    ]
+
+
+def oracles(measure: Measure, graphs: Graphs) -> dict[str, float]:
+    """Each part alone, or from another image."""
+    images, count = measure.images, len(graphs.unknown)
+    other = graphs.unknown.roll(1, 0)
+    mean = graphs.errors.mean(0, keepdim=True).expand_as(graphs.errors)
+    orders = {
+        "coverage; errors, beta: the default": graphs.ranked("coverage", "errors, beta"),
+        "coverage, the graph alone": graphs.ranked("coverage", "errors"),
+        "coverage, the mean graph of all images, own beta": rank_graph(
+            mean, "coverage", personalization=graphs.unknown
+        ),
+        "coverage, own graph, beta of another image": rank_graph(
+            graphs.errors, "coverage", personalization=other.contiguous()
+        ),
+        "coverage, graph and beta of another image": graphs.ranked("coverage", "errors, beta").roll(1, 0),
+        "beta alone: error given nothing": graphs.unknown,
+        "what is left of it: error given the others": graphs.left,
+        "the same, as the decoder expects it": graphs.expected,
+        "bayer (spread)": CollapseOrder.baseline("bayer")(images[:count], measure.grid).scores,
+        "variance": CollapseOrder.baseline("variance")(images[:count], measure.grid).scores,
+    }
+    return {name: measure.area(scores) for name, scores in tqdm(orders.items(), desc="oracles", leave=False)}
+
+
+def agreement(a: Graphs, b: Graphs, ranking: str, evidence: str, grid: tuple[int, int]) -> float:
+    return float(spearman(*(Order(graphs.ranked(ranking, evidence), grid) for graphs in (a, b))).mean())
+
+
+def losses(model: CoMAE, images: Tensor) -> dict[str, float]:
+    """Of sampled targets, under the model's masks and with everything visible."""
     generator = torch.Generator().manual_seed(0)
     n = model.num_patches
     targets = torch.rand(len(images), n, generator=generator).argsort(1)[:, :8]
     noise = torch.randn(len(images), 8, n - 1, model.tokenizer.dim, generator=generator)
     own = model(images, targets, noise)
     seen = model(images, targets, noise, mask=torch.ones(len(images), 8, n - 1))
+    position, image = (part.var(-1).mean() for part in model.logits(model.tokenizer(images), targets))
     return {"L1": float(own["l1"]), "L1, all seen": float(seen["l1"]), "entropy": float(own["entropy"]),
-            "mean weight": float(own["weight"]), "contrastive": float(own["contrastive"])}  # fmt: skip
+            "mean weight": float(own["weight"]), "contrastive": float(own["contrastive"]),
+            "image": float(image / (image + position))}  # fmt: skip
 
 
-def describe(graph: torch.Tensor) -> dict[str, float]:
-    weights = graph[:, ~torch.eye(graph.shape[-1], dtype=torch.bool)]
-    rows = torch.nn.functional.normalize(graph, dim=-1)
+def describe(graphs: Graphs) -> dict[str, float]:
+    weights = graphs.weights[:, ~torch.eye(graphs.weights.shape[-1], dtype=torch.bool)]
     return {"below .1": float((weights < 0.1).float().mean()), "above .9": float((weights > 0.9).float().mean()),
-            "static": float((rows * rows.roll(1, 0)).sum(-1).mean())}  # fmt: skip
+            "cosine, weights": cosine(graphs.weights), "cosine, errors": cosine(graphs.errors)}  # fmt: skip
+
+
+def cosine(graph: Tensor) -> float:
+    """Between the rows of the same target in different images."""
+    rows = torch.nn.functional.normalize(graph, dim=-1)
+    return float((rows * rows.roll(1, 0)).sum(-1).mean())
 
 
 if __name__ == "__main__":

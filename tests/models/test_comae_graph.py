@@ -21,7 +21,7 @@ def comae(**kwargs):
 
 def averaging():
     """A CoMAE whose decoder averages the patches around the target, and smooth images that this is good for."""
-    model = comae(skip=1)
+    model = comae(skip=1, scale=True)
     with torch.no_grad():
         for parameter in (*model.decoder["head"].parameters(), model.decoder["skip"].bias):
             parameter.zero_()
@@ -75,11 +75,16 @@ def test_evidence_in_chunks_under_inference_and_beside_other_images_is_the_same(
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
-@pytest.mark.parametrize("evidence", ["errors", "weights"])
+@pytest.mark.parametrize("evidence", ["errors", "scale", "weights"])
 def test_the_orderer_ranks_what_it_says(evidence, ranking):
     model, images = averaging()
     orderer = CollapseOrder(model, ranking, evidence=evidence)
-    graph, unknown = model.evidence(images) if evidence == "errors" else (model.dependency(images), torch.ones(3, 16))
+    graph, unknown = model.dependency(images), torch.ones(3, 16)
+    if evidence == "errors":
+        graph, unknown = model.evidence(images)
+    elif evidence == "scale":
+        unknown = model.expected(images)
+        assert unknown.std() > 0 and torch.allclose(unknown, model.expected(images, max_tokens=100), atol=1e-5)
     assert torch.equal(orderer.graph(images), graph)
     expected = rank_graph(graph, ranking, personalization=unknown)
     assert torch.equal(orderer(images).indices, expected.argsort(dim=1, descending=True, stable=True))
@@ -94,8 +99,11 @@ def test_the_defaults_are_coverage_of_the_errors_and_the_published_rule_where_it
     assert (plain.ranking, plain.evidence) == ("coverage", "errors")
     assert (refined.ranking, refined.evidence) == ("pagerank", "weights")
     assert plain.describe((4, 4)) == "coverage 0.85 of errors"
-    with pytest.raises(CollapseError, match="evidence: must be one of errors, weights, got 'both'"):
+    with pytest.raises(CollapseError, match="evidence: must be one of errors, scale, weights, got 'both'"):
         CollapseOrder(model, evidence="both")
+    for call in (lambda: CollapseOrder(model, evidence="scale"), lambda: model.expected(torch.zeros(1, 3, 16, 16))):
+        with pytest.raises(CollapseError, match="scale"):
+            call()
 
 
 @pytest.mark.parametrize("cell", [1, 2])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .comae_graph import dependency, evidence
+from .comae_graph import dependency, evidence, expected
 from .comae_recipes import Recipe
 from .offsets import close, neighbourhood, offset_index, others
 from .reconstructor import Reconstruction
@@ -91,6 +91,7 @@ class CoMAE(nn.Module):
                  "decoder_first": decoder_first, "scale": scale, "exclude": exclude}  # fmt: skip
         chosen = Recipe.named(recipe, **given)
         self.recipe, self.contrastive, self.min_temperature = recipe, contrastive, min_temperature
+        self.has_scale = chosen.scale
         self.head_kind, self.skip, self.sigma, self.exclude = chosen.head, chosen.skip, chosen.sigma, chosen.exclude
         self.budget, self.random_share, self.decoder_first = chosen.budget, chosen.random_share, chosen.decoder_first
         self.tokenizer = VaeTokenizer(vae, vae_scale) if vae else PixelTokenizer(patch_size)
@@ -127,7 +128,7 @@ class CoMAE(nn.Module):
         )
         if self.skip:
             self.decoder["skip"] = nn.Linear(((2 * self.skip + 1) ** 2 - 1) * token_dim, token_dim)
-        if chosen.scale:
+        if self.has_scale:
             self.decoder["scale"] = nn.Sequential(
                 nn.Linear(decoder_dim, decoder_dim), nn.GELU(), nn.Linear(decoder_dim, 1)
             )
@@ -227,7 +228,7 @@ class CoMAE(nn.Module):
         y = self.decoder["blocks"](x, self.grid, index)[:, 0]
         for layer in self.decoder["mlp"]:
             y = y + layer(y)
-        log_scale = self.decoder["scale"](y.detach()).float().view(b, m) if "scale" in self.decoder else None
+        log_scale = self.decoder["scale"](y.detach()).float().view(b, m) if self.has_scale else None
         y = self.decoder["head"](y).float()
         if self.skip:
             around = neighbourhood(gate * seen, targets, self.grid, self.skip)
@@ -264,7 +265,7 @@ class CoMAE(nn.Module):
         if mask is None and train_encoder:
             loss = l1 + self.contrastive * contrastive + self.budget * weights.mean()
         parts = {"l1": l1, "contrastive": contrastive, "weight": weights.mean(), "entropy": entropy}
-        if "scale" in self.decoder:
+        if self.has_scale:
             parts["nll"] = (errors.detach().mean(-1) * (-found.log_scale).exp() + found.log_scale).mean()
             loss = loss + 0.1 * parts["nll"]
         return {"loss": loss, **{key: value.detach() for key, value in parts.items()}}
@@ -309,6 +310,21 @@ class CoMAE(nn.Module):
             0 on the diagonal; unknown (B, N) > 0: d, the paper's beta.
         """
         return evidence(self, images, max_tokens)
+
+    def expected(self, images: Tensor, max_tokens: int = 2**15) -> Tensor:
+        """What the decoder expects not to know of each patch, given the others as its weights say.
+
+        Args:
+            images: (B, C, S, S), S = img_size, normalised.
+            max_tokens: Tokens in one pass: bounds the memory.
+
+        Returns:
+            (B, N) float32 > 0: the scale of the Laplace distribution, the expected L1 error.
+
+        Raises:
+            CollapseError: The model was built without `scale`.
+        """
+        return expected(self, images, max_tokens)
 
 
 default_cfgs = generate_default_cfgs(

@@ -42,7 +42,7 @@ def evidence(model: CoMAE, images: Tensor, max_tokens: int) -> tuple[Tensor, Ten
     with torch.inference_mode(False), torch.enable_grad(), without_autocast(images):
         graph = torch.zeros(len(images), n, n, device=images.device)
         unknown = torch.zeros(len(images), n, device=images.device)
-        noise = torch.randn(1, 1, n - 1, model.tokenizer.dim, generator=torch.Generator().manual_seed(0)).to(graph)
+        noise = _noise(model, graph)
         tokens = model.tokenizer(images.detach().clone().to(model.log_temperature.dtype))
         for targets, index in _chunks(model, images, max_tokens):
             truth, some = gather_tokens(tokens, targets), noise.expand(*targets.shape, -1, -1)
@@ -63,6 +63,27 @@ def evidence(model: CoMAE, images: Tensor, max_tokens: int) -> tuple[Tensor, Ten
                 graph[:, targets[0]] = graph[:, targets[0]].scatter(2, index, rows)
                 unknown[:, targets[0]] = nothing
     return graph, unknown
+
+
+@torch.no_grad()
+def expected(model: CoMAE, images: Tensor, max_tokens: int) -> Tensor:
+    """See `CoMAE.expected`."""
+    _check(model, images)
+    if not model.has_scale:
+        raise CollapseError("scale: this CoMAE was built without scale=True, so it expects no error")
+    tokens = model.tokenizer(images.to(model.log_temperature.dtype))
+    noise = _noise(model, tokens)
+    found = [
+        model.reconstruct(tokens, targets, model.weights(tokens, targets), noise.expand(*targets.shape, -1, -1))
+        for targets, _ in _chunks(model, images, max_tokens)
+    ]
+    return torch.cat([part.log_scale for part in found], 1).float().exp()
+
+
+def _noise(model: CoMAE, tokens: Tensor) -> Tensor:
+    """The same for all images and targets, (1, 1, N - 1, D): what is measured repeats itself."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 1, model.num_patches - 1, model.tokenizer.dim, generator=generator).to(tokens)
 
 
 def _check(model: CoMAE, images: Tensor) -> None:

@@ -33,7 +33,7 @@ from .ranker import Ranker
 from .refine import hierarchical_dependency
 from .tokenizer import resize_images
 
-EVIDENCE = ("errors", "weights")
+EVIDENCE = ("errors", "scale", "weights")
 """What the dependency graph of a CoMAE is made of."""
 
 SETTINGS = ("ranking", "damping", "spread", "refine", "evidence")
@@ -57,7 +57,8 @@ class CollapseOrder(nn.Module):
             looked at closer, again and again (`hierarchical_dependency`). 0: the coarse order is resampled.
         evidence: For a CoMAE, what its graph is made of. "errors": what the decoder's errors owe to each patch, and
             every patch counts by how much there is to know about it (`CoMAE.evidence`). "weights": the encoder's alone,
-            and all patches count alike, as published. None: "weights" with `refine`, which needs it, else "errors". The
+            and all patches count alike, as published. "scale": the weights, and every patch counts by the error that
+            the decoder expects (`CoMAE.expected`). None: "weights" with `refine`, which needs it, else "errors". The
             defaults are measured (docs/results.md, comae).
 
     `half`, `bfloat16` and `to` cast the network's layers; what it predicts is ranked in float32. Its weights never go
@@ -108,6 +109,8 @@ class CollapseOrder(nn.Module):
             return
         if not isinstance(model, (CoMAE, Ranker)):
             raise CollapseError(f"model: expected a CoMAE, a Ranker or a baseline's name, got {type(model).__name__}")
+        if evidence == "scale" and not getattr(model, "has_scale", False):
+            raise CollapseError("evidence: 'scale' is for a CoMAE that was built with scale=True, got one without")
         self.model = model.eval().requires_grad_(False)
         self.grid = model.grid
         cfg = getattr(model, "pretrained_cfg", {})
@@ -261,7 +264,9 @@ class CollapseOrder(nn.Module):
         if isinstance(self.model, Ranker):
             return self.model.evidence(images)
         images = resize_images(images, (self.model.img_size, self.model.img_size))
-        return self.model.evidence(images) if self.evidence == "errors" else (self.model.dependency(images), None)
+        if self.evidence == "errors":
+            return self.model.evidence(images)
+        return self.model.dependency(images), self.model.expected(images) if self.evidence == "scale" else None
 
     @property
     def needs_colour(self) -> bool:
@@ -322,7 +327,7 @@ class CollapseOrder(nn.Module):
         if self.baseline_name == "random":
             words = f" seed {(self.generator or torch).initial_seed()}"
         elif isinstance(self.model, CoMAE):
-            words = f" {self.ranking} {self.damping:g}{' of errors' * (self.evidence == 'errors')}"
+            words = f" {self.ranking} {self.damping:g}{f' of {self.evidence}' * (self.evidence != 'weights')}"
         if self.grid is not None and any(new > own for new, own in zip(grid, self.grid, strict=True)):
             words += f" refine {self.refine:g}" if self.refine else f" spread {self.spread:g}"
         return words.strip()
