@@ -20,7 +20,8 @@ def test_quickstart_measures_trains_and_draws(tmp_path, capsys, monkeypatch):
         "uncertainty.png",
         "uncertainty_miniature.png",
         "comae.png",
-        "dependency.png",
+        "dependency_comae.png",
+        "dependency_ranker.png",
         "ranker/model.safetensors",
         "comae/config.json",
     ):

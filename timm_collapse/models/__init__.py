@@ -3,7 +3,7 @@
 Importing this registers the orderers and generators with timm.
 """
 
-from . import cmar  # noqa: F401  (registers the mar_* and cmar_* models)
+from . import cmar, comae_sizes  # noqa: F401  (they register the mar_*, cmar_* and comae_* models)
 from .codec import PixelCodec, VaeCodec, load_codec
 from .comae import CoMAE
 from .mar import MAR

@@ -38,7 +38,7 @@ def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int
     console.print(f"    pictures: order_china.png, order_flower.png, uncertainty.png ({perf_counter() - start:.0f} s)")
     console.print("[bold]2/2[/] Training in miniature, on crops of one photo, told on the other")
     trained = train_in_miniature(console, *photos.values(), output, seed, steps)
-    console.print("    pictures: comae.png, dependency.png, uncertainty_miniature.png "
+    console.print("    pictures: comae.png, dependency_*.png, uncertainty_miniature.png "
                   f"({perf_counter() - start:.0f} s in all); all is in {output}")  # fmt: skip
     console.print(NEXT, highlight=False, soft_wrap=True)
     return areas | {f"miniature: {name}": area for name, area in trained.items()}

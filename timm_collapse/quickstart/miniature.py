@@ -26,7 +26,6 @@ SMALL = {"img_size": SIZE, "patch_size": PATCH, "dim": 64, "depth": 2}
 COMAE, TEACHER = "comae_tiny", "collapse_ranker_tiny"
 SCALE = (0.1, 0.5)  # of the photo's area
 POOL, CROPS = 512, 32  # crops to learn from, and to judge
-TARGET = 27  # a patch near the centre
 
 
 def train_in_miniature(
@@ -77,8 +76,10 @@ def train_in_miniature(
     console.print(
         f"    orders of different crops agree: Spearman {alike['ranker']:.2f} (ranker), {alike['CoMAE']:.2f} (CoMAE)"
     )
-    picture = normalisation.undo(images[0]).clamp(0, 1)
-    save(plot_dependency(picture, exact.graph(images[:1])[0, TARGET], TARGET, GRID), output / "dependency.png")
+    picture, graph = normalisation.undo(images[0]).clamp(0, 1), exact.graph(images[:1])[0]
+    target = int(graph.sum(1).argmax())  # the patch that the others tell most about
+    for name, row in (("comae", graph[target]), ("ranker", ranker.graph(images[:1])[0, target])):
+        save(plot_dependency(picture, row, target, GRID), output / f"dependency_{name}.png")
     save(plot_training(output / "comae" / "log.jsonl", keys=("l1", "entropy", "weight")), output / "comae.png")
     return areas
 
