@@ -20,10 +20,8 @@ from timm_collapse.evaluation import greedy_oracle, uncertainty_curve
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.evaluation.uncertainty import visible_counts
 from timm_collapse.models.normalisation import Normalisation
-from timm_collapse.order import BASELINES, image_dependence, spearman
+from timm_collapse.order import BASELINES, RANKINGS, image_dependence, rank_graph, spearman
 from timm_collapse.plots import plot_uncertainty, save
-
-RANKINGS = ("pagerank", "coverage", "in_degree", "transposed")
 
 
 def parse() -> argparse.Namespace:
@@ -69,11 +67,16 @@ def main() -> None:
     orders["ranker, mean map of all images"] = Order(mean_map.contiguous(), grid)
     orders["ranker, reversed"] = orders["ranker"].reversed()
     if args.comae:
+        comae = CollapseOrder.from_pretrained(args.comae)
+        seen = Normalisation.of(cfg).to(Normalisation.of(comae), images)
+        parts = [comae.dependencies(part) for part in tqdm(seen.split(16), desc="CoMAE", leave=False)]
+        graph, unknown = (torch.cat(part) for part in zip(*parts))
         for ranking in RANKINGS:
-            orders[f"CoMAE, {ranking}"] = ordered(
-                CollapseOrder.from_pretrained(args.comae, ranking=ranking), images, cfg, grid
-            )
-        orders["CoMAE, pagerank, reversed"] = orders["CoMAE, pagerank"].reversed()
+            scores = rank_graph(graph, ranking, personalization=unknown)
+            orders[f"CoMAE, {ranking}"] = Order(scores, comae.grid).resample(grid, comae.spread)
+        published = CollapseOrder.from_pretrained(args.comae, ranking="pagerank", evidence="weights")
+        orders["CoMAE, as published"] = ordered(published, images, cfg, grid)
+        orders["CoMAE, coverage, reversed"] = orders["CoMAE, coverage"].reversed()
 
     curves = {n: measure(judge, images, o, visible) for n, o in tqdm(orders.items(), desc="orders")}
     random = [curves.pop(f"random {seed}") for seed in range(args.random_seeds)]

@@ -85,7 +85,7 @@ def test_the_orderer_ranks_what_it_says(evidence, ranking):
     elif evidence == "scale":
         unknown = model.expected(images)
         assert unknown.std() > 0 and torch.allclose(unknown, model.expected(images, max_tokens=100), atol=1e-5)
-    assert torch.equal(orderer.graph(images), graph)
+    assert torch.equal(orderer.graph(images), graph) and torch.equal(orderer.dependencies(images)[1], unknown)
     expected = rank_graph(graph, ranking, personalization=unknown)
     assert torch.equal(orderer(images).indices, expected.argsort(dim=1, descending=True, stable=True))
     weights = torch.rand(3, 16)

@@ -222,7 +222,7 @@ class CollapseOrder(nn.Module):
             finest = self.grid if isinstance(graph, Tensor) else graph.grid
             return Order.with_spread_ties(hierarchical_pagerank(graph, self.damping), finest).resample(grid)
         else:
-            graph, unknown = self._evidence(images)
+            graph, unknown = self._dependencies(images)
             if weights is not None:
                 unknown = weights if unknown is None else unknown * weights
             scores = rank_graph(graph, self.ranking, self.damping, unknown)
@@ -238,16 +238,21 @@ class CollapseOrder(nn.Module):
             f"rankers, a CoMAE without refine, and the baselines {' and '.join(UNCERTAINTIES)} do"
         )
 
-    @torch.no_grad()
     def graph(self, images: Tensor) -> Tensor:
-        """The dependency graph of each image, for a network.
+        """The dependency graph of each image: the first of what `dependencies` gives."""
+        return self.dependencies(images)[0]
+
+    @torch.no_grad()
+    def dependencies(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Who tells how much of whom, and how much there is to know, for a network: what `rank_graph` takes.
 
         Args:
             images: As `forward` takes them.
 
         Returns:
-            (B, N, N) in [0, 1], 0 on the diagonal: A[i, j] is the influence of patch j on patch i. Of a CoMAE what
-            `evidence` says; of a ranker the share of the variance of patch i that patch j alone explains.
+            graph (B, N, N) in [0, 1], 0 on the diagonal: A[i, j] is the influence of patch j on patch i. Of a CoMAE
+            what `evidence` says; of a ranker the share of the variance of patch i that patch j alone explains. unknown
+            (B, N): how much there is to know about each patch, the paper's beta.
 
         Raises:
             CollapseError: A baseline, or images as `forward` refuses them.
@@ -256,10 +261,11 @@ class CollapseOrder(nn.Module):
             raise CollapseError(f"graph: only a CoMAE or a ranker has a dependency graph, not {self.baseline_name!r}")
         images = self._checked(images)
         if (ready := self._ready(images.device)) is not self:
-            return ready.graph(images)
-        return self._evidence(images)[0]
+            return ready.dependencies(images)
+        graph, unknown = self._dependencies(images)
+        return graph, torch.ones_like(graph[:, 0]) if unknown is None else unknown
 
-    def _evidence(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _dependencies(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The graph, and how much there is to know about each patch; None: of all alike."""
         if isinstance(self.model, Ranker):
             return self.model.evidence(images)
