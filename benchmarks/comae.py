@@ -1,13 +1,13 @@
 """CoMAE ablation, as in Table 1 of the paper, and what can be made of its graphs.
 
     python benchmarks/comae.py --judge runs/judge64 --dataset data/tiny-imagenet-100 --images 300 --few 100 \
-        --seeds runs/comae_s0 runs/comae_s1 --runs "no contrastive=runs/comae_nocon" --ranker collapse_ranker_tiny
+        --runs bundled=comae_tiny "seed 0=runs/comae_s0" "seed 1=runs/comae_s1" "no contrastive=runs/comae_nocon" \
+        --seeds "seed 0" "seed 1" --ranker collapse_ranker_tiny
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from timm_collapse.data import eval_transform, open_dataset
 from timm_collapse.evaluation import uncertainty_curve
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.evaluation.uncertainty import visible_counts
+from timm_collapse.models.registry import load_model
 from timm_collapse.models.transformer import use_plain_attention
 from timm_collapse.order import RANKINGS, image_dependence, rank_graph, spearman
 
@@ -74,8 +75,10 @@ class Measure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--seeds", nargs="+", required=True, metavar="FOLDER", help="trainings of the default, by their seed")
-    add("--runs", nargs="*", default=[], metavar="NAME=FOLDER", help="others of equal budget")
+    add(
+        "--runs", nargs="+", required=True, metavar="NAME=SOURCE", help="registered names or folders; first the default"
+    )
+    add("--seeds", nargs="*", default=[], metavar="NAME", help="two of them that differ by their seed alone")
     add("--ranker", default="", help="registered name or folder, whose graph is ranked, too")
     add("--judge", required=True, help="folder of a reconstructor (train/reconstructor.py)")
     add("--dataset", default="digits")
@@ -96,32 +99,29 @@ def main() -> None:
     index = index[torch.randperm(args.images, generator=torch.Generator().manual_seed(0))]
     measure = Measure(judge, torch.stack([transform(dataset[int(i)][0]) for i in index]))
 
-    names = [f"default, seed {i}" for i in range(len(args.seeds))]
-    folders = dict(zip(names, args.seeds)) | dict(run.split("=", 1) for run in args.runs)
+    sources = dict(run.split("=", 1) for run in args.runs)
+    default = next(iter(sources))
     described, ranked, data, kept = [], [], {}, {}
-    for name, folder in tqdm(folders.items(), desc="runs"):
-        images = measure.images if name in names else measure.images[: args.few]
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().requires_grad_(False)
+    for name, source in tqdm(sources.items(), desc="runs"):
+        images = measure.images[: None if name == default else args.few]
+        model = load_model(source, "runs").requires_grad_(False)
         use_plain_attention(model)
         graphs = kept[name] = graphs_of(model, images)
         data[name] = {**losses(model, images[: args.few]), **describe(graphs)}
         described.append({"run": name, **{key: f"{value:.3f}" for key, value in data[name].items()}})
-        # of further seeds only what is published, and the default
-        data[name]["areas"] = rank_all(measure, graphs, ["weights", "errors, beta"] if name in names[1:] else EVIDENCE)
+        data[name]["areas"] = rank_all(measure, graphs)
         ranked += rows_of(name, data[name]["areas"])
     if args.ranker:
         ranker = CollapseOrder.from_pretrained(args.ranker).model
         graphs = Graphs(None, *ranker.evidence(measure.images[: args.few]), None, None)
-        data["ranker"] = {"areas": rank_all(measure, graphs, ["errors", "errors, beta"])}
+        data["ranker"] = {"areas": rank_all(measure, graphs)}
         ranked += rows_of("ranker, its factor model", data["ranker"]["areas"])
 
-    first = kept[names[0]]
-    data["oracles"] = oracles(measure, first)
-    steps = json.loads((Path(args.seeds[0]) / "recipe.json").read_text())["arguments"]["steps"]
+    data["oracles"] = oracles(measure, kept[default])
     text = [
-        f"{args.images} images of {Path(args.dataset).name} ({args.split}) for the default, {args.few} for the others; "
-        f"all runs {steps} steps on the same data. L1: error of the target under the model's own mask, mean over "
-        "features; the paper sums. `L1, all seen`: with all weights 1. `entropy`: H_mask, a target's sum of -w log w. "
+        f"{args.images} images of {Path(args.dataset).name} ({args.split}) for {default}, {args.few} for the others. "
+        "L1: error of the target under the model's own mask, mean over features; the paper sums. `L1, all seen`: with "
+        "all weights 1. `entropy`: H_mask, a target's sum of -w log w. "
         "`cosine`: between the rows of the same target in different images, of the weights and of the graph of the "
         "errors (1 = the row does not see the image). `image`: share of the variance of the logits inside a row that "
         "comes from the image's part, not from the table of positions; the heads of the paper do not tell them apart.",
@@ -131,12 +131,13 @@ def main() -> None:
         "`beta`: patches count by their error given nothing; `scale`: by the error that the decoder expects. The "
         "ranker's graph is that of its factor model where nothing is seen.",
         markdown_table(ranked),
-        f"What the default's order (coverage; errors, beta; {names[0]}) is made of:",
+        f"What the order of {default} (coverage; errors, beta) is made of, and the baselines on the same images:",
         markdown_table([{"order": name, "area": f"{area:+.1%}"} for name, area in data["oracles"].items()]),
     ]
-    if len(names) > 1:
+    if args.seeds:
+        pair = [kept[name] for name in args.seeds]
         data["seed_agreement"] = agree = {
-            f"{ranking} ({evidence})": agreement(first, kept[names[1]], ranking, evidence, measure.grid)
+            f"{ranking} ({evidence})": agreement(*pair, ranking, evidence, measure.grid)
             for evidence in ("weights", "errors, beta")
             for ranking in RANKINGS
         }
@@ -153,14 +154,18 @@ def graphs_of(model: CoMAE, images: Tensor) -> Graphs:
         graph, unknown = model.evidence(some)
         # what one patch tells alone is twice its share: half of all is told by all together
         left = unknown * (0.5 * torch.log1p(-graph).sum(-1)).exp()
-        parts.append((model.dependency(some), graph, unknown, left, model.expected(some)))
-    return Graphs(*(torch.cat(part) for part in zip(*parts)))
+        expected = [model.expected(some)] if model.has_scale else []
+        parts.append((model.dependency(some), graph, unknown, left, *expected))
+    found = [torch.cat(part) for part in zip(*parts)]
+    return Graphs(*found, *[None] * (len(Graphs._fields) - len(found)))
 
 
-def rank_all(measure: Measure, graphs: Graphs, evidences) -> dict[str, dict[str, tuple[float, float]]]:
+def rank_all(measure: Measure, graphs: Graphs) -> dict[str, dict[str, tuple[float, float]]]:
     """By evidence and ranking: the area, and the Spearman correlation between images."""
     found = {}
-    for evidence in tqdm(evidences, desc="rankings", leave=False):
+    for evidence, (graph, beta) in tqdm(EVIDENCE.items(), desc="rankings", leave=False):
+        if getattr(graphs, graph) is None or beta and getattr(graphs, beta) is None:
+            continue
         scores = {ranking: graphs.ranked(ranking, evidence) for ranking in RANKINGS}
         found[evidence] = {
             ranking: (measure.area(s), image_dependence(Order(s, measure.grid)).pairwise_spearman)
@@ -193,10 +198,11 @@ def oracles(measure: Measure, graphs: Graphs) -> dict[str, float]:
         "coverage, graph and beta of another image": graphs.ranked("coverage", "errors, beta").roll(1, 0),
         "beta alone: error given nothing": graphs.unknown,
         "what is left of it: error given the others": graphs.left,
-        "the same, as the decoder expects it": graphs.expected,
         "bayer (spread)": CollapseOrder.baseline("bayer")(images[:count], measure.grid).scores,
         "variance": CollapseOrder.baseline("variance")(images[:count], measure.grid).scores,
     }
+    if graphs.expected is not None:
+        orders["the same, as the decoder expects it"] = graphs.expected
     return {name: measure.area(scores) for name, scores in tqdm(orders.items(), desc="oracles", leave=False)}
 
 
