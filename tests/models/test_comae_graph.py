@@ -5,6 +5,8 @@ import timm
 import torch
 
 from timm_collapse import CollapseError, CollapseOrder
+from timm_collapse.hub.files import SETTINGS_FILE
+from timm_collapse.hub.save import save_orderer
 from timm_collapse.models.offsets import others
 from timm_collapse.order import RANKINGS, rank_graph
 
@@ -75,16 +77,15 @@ def test_evidence_in_chunks_under_inference_and_beside_other_images_is_the_same(
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
-@pytest.mark.parametrize("evidence", ["errors", "scale", "weights"])
-def test_the_orderer_ranks_what_it_says(evidence, ranking):
+@pytest.mark.parametrize("beta", ["even", "errors", "scale"])
+@pytest.mark.parametrize("evidence", ["errors", "weights"])
+def test_the_orderer_ranks_what_it_says(evidence, beta, ranking):
     model, images = averaging()
-    orderer = CollapseOrder(model, ranking, evidence=evidence)
-    graph, unknown = model.dependency(images), torch.ones(3, 16)
-    if evidence == "errors":
-        graph, unknown = model.evidence(images)
-    elif evidence == "scale":
-        unknown = model.expected(images)
-        assert unknown.std() > 0 and torch.allclose(unknown, model.expected(images, max_tokens=100), atol=1e-5)
+    orderer = CollapseOrder(model, ranking, evidence=evidence, beta=beta)
+    errors, nothing = model.evidence(images)
+    graph = errors if evidence == "errors" else model.dependency(images)
+    unknown = {"even": torch.ones(3, 16), "errors": nothing, "scale": model.expected(images)}[beta]
+    assert beta == "even" or unknown.std() > 0
     assert torch.equal(orderer.graph(images), graph) and torch.equal(orderer.dependencies(images)[1], unknown)
     expected = rank_graph(graph, ranking, personalization=unknown)
     assert torch.equal(orderer(images).indices, expected.argsort(dim=1, descending=True, stable=True))
@@ -96,14 +97,32 @@ def test_the_orderer_ranks_what_it_says(evidence, ranking):
 def test_the_defaults_are_coverage_of_the_errors_and_the_published_rule_where_it_is_refined():
     model = comae()
     plain, refined = CollapseOrder(model), CollapseOrder(model, refine=0.2)
-    assert (plain.ranking, plain.evidence) == ("coverage", "errors")
-    assert (refined.ranking, refined.evidence) == ("pagerank", "weights")
-    assert plain.describe((4, 4)) == "coverage 0.85 of errors"
-    with pytest.raises(CollapseError, match="evidence: must be one of errors, scale, weights, got 'both'"):
+    assert (plain.ranking, plain.evidence, plain.beta) == ("coverage", "errors", "even")
+    assert (refined.ranking, refined.evidence, refined.beta) == ("pagerank", "weights", "even")
+    assert plain.describe((4, 4)) == "coverage 0.85 of errors" and refined.describe((4, 4)) == "pagerank 0.85"
+    assert CollapseOrder(model, beta="errors").describe((4, 4)) == "coverage 0.85 of errors, beta of errors"
+    with pytest.raises(CollapseError, match="evidence: must be one of errors, weights, got 'both'"):
         CollapseOrder(model, evidence="both")
-    for call in (lambda: CollapseOrder(model, evidence="scale"), lambda: model.expected(torch.zeros(1, 3, 16, 16))):
+    with pytest.raises(CollapseError, match="beta: must be one of even, errors, scale, got 'odd'"):
+        CollapseOrder(model, beta="odd")
+    for call in (lambda: CollapseOrder(model, beta="scale"), lambda: model.expected(torch.zeros(1, 3, 16, 16))):
         with pytest.raises(CollapseError, match="scale"):
             call()
+
+
+def test_the_expected_scale_in_chunks_is_the_same():
+    model, images = averaging()
+    assert torch.allclose(model.expected(images), model.expected(images, max_tokens=100), atol=1e-5)
+
+
+def test_settings_come_back_and_older_ones_rank_as_published(tmp_path):
+    orderer = CollapseOrder(comae(), "in_degree", beta="errors")
+    save_orderer(orderer, tmp_path)
+    again = CollapseOrder.from_pretrained(str(tmp_path))
+    assert (again.ranking, again.evidence, again.beta) == ("in_degree", "errors", "errors")
+    (tmp_path / SETTINGS_FILE).write_text('{"ranking": "pagerank", "damping": 0.85}')
+    again = CollapseOrder.from_pretrained(str(tmp_path))
+    assert (again.ranking, again.evidence, again.beta) == ("pagerank", "weights", "even")
 
 
 @pytest.mark.parametrize("cell", [1, 2])

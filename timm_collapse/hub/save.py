@@ -17,7 +17,7 @@ from torch import nn
 
 from ..collapse.base import Collapsed
 from ..models import MAR, CollapseOrder
-from ..models.orderer import SETTINGS
+from ..models.orderer_sources import SETTINGS
 from ..models.registry import load_model
 from ..order import CollapseError
 from .files import BANK_FILE, CONFIG_FILE, ORDERER_FOLDER, RECIPE_FILE, SETTINGS_FILE, WEIGHTS_FILE

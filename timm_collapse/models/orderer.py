@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from ..hub.download import bundled_models, download, find_file, loading
-from ..hub.files import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
+from ..hub.download import bundled_models, loading
+from ..hub.files import SETTINGS_FILE
 from ..order import (
     BASELINES,
     RANKINGS,
@@ -29,15 +27,13 @@ from ..order.errors import describe, values_readable
 from ..order.hierarchy import hierarchical_pagerank
 from ..order.resampling import check_spread, places_before_spreading
 from .comae import CoMAE
+from .orderer_sources import saved_settings, source_in_hub
 from .ranker import Ranker
 from .refine import hierarchical_dependency
 from .tokenizer import resize_images
 
-EVIDENCE = ("errors", "scale", "weights")
-"""What the dependency graph of a CoMAE is made of."""
-
-SETTINGS = ("ranking", "damping", "spread", "refine", "evidence")
-"""Attributes of an orderer that are saved beside its network."""
+EVIDENCE, BETAS = ("errors", "weights"), ("even", "errors", "scale")
+"""What the dependency graph of a CoMAE is made of, and what says how much there is to know about each patch."""
 
 
 class CollapseOrder(nn.Module):
@@ -55,11 +51,12 @@ class CollapseOrder(nn.Module):
             `Order.resample`. The default is measured (docs/results.md, spread_tin100).
         refine: For a CoMAE with the ranking "pagerank", on finer grids than its own: the share of the patches that are
             looked at closer, again and again (`hierarchical_dependency`). 0: the coarse order is resampled.
-        evidence: For a CoMAE, what its graph is made of. "errors": what the decoder's errors owe to each patch, and
-            every patch counts by how much there is to know about it (`CoMAE.evidence`). "weights": the encoder's alone,
-            and all patches count alike, as published. "scale": the weights, and every patch counts by the error that
-            the decoder expects (`CoMAE.expected`). None: "weights" with `refine`, which needs it, else "errors". The
-            defaults are measured (docs/results.md, comae).
+        evidence: For a CoMAE, what its graph is made of. "errors": what the decoder's errors owe to each patch
+            (`CoMAE.evidence`). "weights": the encoder's alone, as published. None: "weights" with `refine`, which needs
+            it, else "errors". This default and the next are measured (docs/results.md, comae).
+        beta: For a CoMAE, how much there is to know about each patch: the paper's vector, by which rankings weigh what
+            is explained. "even": all alike. "errors": the decoder's error given nothing. "scale": the error that it
+            expects given the others (`CoMAE.expected`).
 
     `half`, `bfloat16` and `to` cast the network's layers; what it predicts is ranked in float32. Its weights never go
     to the meta device; where they were built on it, they are loaded again from `source`.
@@ -80,6 +77,7 @@ class CollapseOrder(nn.Module):
         spread: float = 0.3,
         refine: float = 0.0,
         evidence: str | None = None,
+        beta: str = "even",
     ):
         super().__init__()
         self.training, self.source = False, None
@@ -87,18 +85,21 @@ class CollapseOrder(nn.Module):
         evidence = evidence or ("weights" if refine else "errors")
         if ranking not in RANKINGS:
             raise CollapseError(f"ranking: must be one of {', '.join(RANKINGS)}, got {ranking!r}")
-        if evidence not in EVIDENCE:
-            raise CollapseError(f"evidence: must be one of {', '.join(EVIDENCE)}, got {evidence!r}")
+        for name, given, known in (("evidence", evidence, EVIDENCE), ("beta", beta, BETAS)):
+            if given not in known:
+                raise CollapseError(f"{name}: must be one of {', '.join(known)}, got {given!r}")
+        if beta == "scale" and not getattr(model, "has_scale", False):
+            raise CollapseError("beta: 'scale' is for a CoMAE that was built with scale=True, got a model without")
         check_spread(spread)
-        usable = isinstance(model, CoMAE) and (ranking, evidence) == ("pagerank", "weights")
+        usable = isinstance(model, CoMAE) and (ranking, evidence, beta) == ("pagerank", "weights", "even")
         if not isinstance(refine, Real) or not 0 <= refine <= 1 or (refine and not usable):
             kind = model if isinstance(model, str) else type(model).__name__
             raise CollapseError(
                 "refine: must be in [0, 1], and other than 0 only for a CoMAE with the ranking 'pagerank' of its "
-                f"weights, got {refine!r} for {kind} with {ranking!r} of its {evidence}"
+                f"weights and an even beta, got {refine!r} for {kind} with {ranking!r} of its {evidence}, beta {beta!r}"
             )
         self.ranking, self.damping, self.spread, self.refine = ranking, damping, spread, refine
-        self.evidence = evidence
+        self.evidence, self.beta = evidence, beta
         self.baseline_name = model if isinstance(model, str) else None
         if self.baseline_name is not None:
             if model not in BASELINES:
@@ -109,8 +110,6 @@ class CollapseOrder(nn.Module):
             return
         if not isinstance(model, (CoMAE, Ranker)):
             raise CollapseError(f"model: expected a CoMAE, a Ranker or a baseline's name, got {type(model).__name__}")
-        if evidence == "scale" and not getattr(model, "has_scale", False):
-            raise CollapseError("evidence: 'scale' is for a CoMAE that was built with scale=True, got one without")
         self.model = model.eval().requires_grad_(False)
         self.grid = model.grid
         cfg = getattr(model, "pretrained_cfg", {})
@@ -142,14 +141,14 @@ class CollapseOrder(nn.Module):
         Args:
             name: A registered model with weights ("collapse_ranker_tiny"), a local folder ("runs/ranker" or
                 "local-dir:runs/ranker"), or a Hub id ("me/my-ranker" or "hf-hub:me/my-ranker").
-            kwargs: For `CollapseOrder`: ranking, damping, spread, refine, evidence.
+            kwargs: For `CollapseOrder`: ranking, damping, spread, refine, evidence, beta.
 
         Raises:
             CollapseError: Nothing of that name, or a model that makes no order.
         """
         saved, folder = {}, Path(name.removeprefix("local-dir:"))
         if folder.is_dir():
-            source, saved = f"local-dir:{folder}", _settings(folder / SETTINGS_FILE)
+            source, saved = f"local-dir:{folder}", saved_settings(folder / SETTINGS_FILE)
         elif name.startswith("local-dir:"):
             raise CollapseError(f"name: no folder {str(folder)!r} is there, got {name!r}")
         elif timm.is_model(name.split(":")[-1].split(".")[0]):
@@ -157,7 +156,7 @@ class CollapseOrder(nn.Module):
         elif name.startswith("./"):
             raise CollapseError(f"name: {name!r} is no folder here; it is found only beside the weights of its model")
         elif "/" in name:
-            source, saved = _from_hub(name.removeprefix("hf-hub:"))
+            source, saved = source_in_hub(name.removeprefix("hf-hub:"))
         else:
             known = [m for m in bundled_models() if m.startswith(("collapse_ranker", "comae"))]
             raise CollapseError(
@@ -270,9 +269,14 @@ class CollapseOrder(nn.Module):
         if isinstance(self.model, Ranker):
             return self.model.evidence(images)
         images = resize_images(images, (self.model.img_size, self.model.img_size))
-        if self.evidence == "errors":
-            return self.model.evidence(images)
-        return self.model.dependency(images), self.model.expected(images) if self.evidence == "scale" else None
+        graph = unknown = None
+        if "errors" in (self.evidence, self.beta):
+            graph, unknown = self.model.evidence(images)
+        if self.evidence == "weights":
+            graph = self.model.dependency(images)
+        if self.beta == "scale":
+            unknown = self.model.expected(images)
+        return graph, None if self.beta == "even" else unknown
 
     @property
     def needs_colour(self) -> bool:
@@ -333,7 +337,8 @@ class CollapseOrder(nn.Module):
         if self.baseline_name == "random":
             words = f" seed {(self.generator or torch).initial_seed()}"
         elif isinstance(self.model, CoMAE):
-            words = f" {self.ranking} {self.damping:g}{f' of {self.evidence}' * (self.evidence != 'weights')}"
+            words = f" {self.ranking} {self.damping:g}{' of errors' * (self.evidence == 'errors')}"
+            words += f", beta of {self.beta}" * (self.beta != "even")
         if self.grid is not None and any(new > own for new, own in zip(grid, self.grid, strict=True)):
             words += f" refine {self.refine:g}" if self.refine else f" spread {self.spread:g}"
         return words.strip()
@@ -344,27 +349,3 @@ class CollapseOrder(nn.Module):
         ranking = f", ranking={self.ranking!r}" if isinstance(self.model, CoMAE) else ""
         source = "" if self.source is None else f", source={self.source!r}"
         return f"{type(self.model).__name__}, grid={self.grid}{ranking}{source}"
-
-
-def _from_hub(name: str) -> tuple[str, dict[str, Any]]:
-    """A timm source for a repository or a folder in one, all files checked, and the settings saved beside."""
-    path, at, revision = name.partition("@")
-    owner, repo, *folder = path.split("/")
-    if not all((owner, repo, *folder)):
-        raise CollapseError(f"name: expected a Hub id 'owner/name' or 'owner/name/folder', got {name!r}")
-    repo, prefix = f"{owner}/{repo}{at}{revision}", "".join(f"{part}/" for part in folder)
-    weights = download(repo, f"{prefix}{WEIGHTS_FILE}")
-    download(repo, f"{prefix}{CONFIG_FILE}")
-    settings = find_file(repo, f"{prefix}{SETTINGS_FILE}")
-    return f"local-dir:{weights.parent}", _settings(settings)
-
-
-def _settings(file: Path | None) -> dict[str, Any]:
-    if file is None or not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text())
-        # orders of older files, which know only the first two, were not spread
-        return {name: {"spread": 0.0, "refine": 0.0, "evidence": "weights", **values}[name] for name in SETTINGS}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CollapseError(f"name: {file} is damaged: {error!r}") from error
