@@ -63,7 +63,7 @@ class Ranker(nn.Module):
         phases: tuple[float, ...] = (0.0, 0.03, 0.08, 0.16, 0.26, 0.38, 0.52, 0.7),
         cell: int = 1,
         rounds: int = 3,
-        neighbours: float = 0.0,
+        neighbours: float = 0.3,
     ):
         super().__init__()
         check_phases(phases)
@@ -294,7 +294,7 @@ def collapse_ranker_tiny_224(pretrained: bool = False, **kwargs) -> Ranker:
     One block runs once, the others in each phase, three for the first 22%: .12 GMACs.
     """
     phases = (0.0, 0.04, 0.11, 0.23, 0.4, 0.62)
-    defaults = {"img_size": 112, "static_depth": 1, "phases": phases, "cell": 2, "neighbours": 0.3}
+    defaults = {"img_size": 112, "static_depth": 1, "phases": phases, "cell": 2}
     return build(Ranker, "collapse_ranker_tiny_224", pretrained, defaults, kwargs)
 
 
@@ -303,9 +303,7 @@ def collapse_ranker_nano_224(pretrained: bool = False, **kwargs) -> Ranker:
     """For small ViTs: looks at 56 px, 3 blocks, the last one in each phase, two phases for the first 22%: .05 GMACs."""
     defaults = {"img_size": 56, "patch_size": 4, "depth": 3, "static_depth": 2, "rank": 16, "cell": 2, "rounds": 2}
     phases = (0.0, 0.07, 0.23, 0.42)
-    return build(
-        Ranker, "collapse_ranker_nano_224", pretrained, {**defaults, "phases": phases, "neighbours": 0.3}, kwargs
-    )
+    return build(Ranker, "collapse_ranker_nano_224", pretrained, {**defaults, "phases": phases}, kwargs)
 
 
 @register_model
@@ -315,5 +313,5 @@ def collapse_ranker_tiny_224_rerun(pretrained: bool = False, **kwargs) -> Ranker
     The first 22% cost ten times those of `collapse_ranker_tiny_224`.
     """
     phases = (0.0, 0.02, 0.05, 0.09, 0.13, 0.18, 0.24, 0.34, 0.45, 0.6)
-    defaults = {"img_size": 112, "phases": phases, "neighbours": 0.3}
+    defaults = {"img_size": 112, "phases": phases}
     return build(Ranker, "collapse_ranker_tiny_224_rerun", pretrained, defaults, kwargs)
