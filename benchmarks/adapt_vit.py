@@ -191,8 +191,9 @@ def rows_of(found: dict[str, dict]) -> list[dict[str, str]]:
             spread = f" ± {(max(after) - min(after)) / 2:.1f}" if len(after) > 1 else ""
             name = column if column == "whole" else f"{column} tokens"
             row[name] = f"{start['top1']:.1f} -> {sum(after) / len(after):.1f}{spread}"
-        if (step := found.get(f"{variant}|step")) is not None:
-            row["seconds a step"] = f"{step['seconds']:.2f}"
+        if any(key.endswith("|step") for key in found):
+            step = found.get(f"{variant}|step")
+            row["seconds a step"] = "" if step is None else f"{step['seconds']:.2f}"
         rows.append(row)
     return sorted(rows, key=lambda row: -float(row[next(k for k in row if "tokens" in k)].split("-> ")[1].split()[0]))
 

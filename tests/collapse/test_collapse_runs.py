@@ -44,6 +44,7 @@ DYNAMIC = {
     "vit coarse": ("vit_tiny_patch16_224", {}, "bayer", "coarse"),
     "vit fused": ("vit_tiny_patch16_224", {}, None, "fused"),
     "vit mixed": ("vit_tiny_patch16_224", {"patch_size": 4}, "variance", "mixed"),
+    "vit, the default": ("vit_tiny_patch16_224", {}, "variance", None),
     "eva": ("vit_small_patch16_dinov3", {}, "variance", "none"),
     "beit": ("beit_base_patch16_224", {}, "gradient", "none"),
     "cait": ("cait_xxs24_224", {}, "variance", "fused"),
