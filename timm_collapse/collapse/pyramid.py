@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..order import CollapseError, Order
+from ..order.constants import constant
 from ..order.sorting import stable_argsort
+from ..order.spread import bayer_ranks
 from .cells import coarse_grid
 
 
@@ -84,7 +87,7 @@ def choose_leaves(order: Order, shapes: Sequence[tuple[int, int]], splits: Seque
     candidates = torch.ones(order.scores.shape[0], _size(shapes[-1]), dtype=torch.bool, device=order.scores.device)
     leaves, count = [], _size(shapes[-1])
     for shape, split in zip(shapes[:0:-1], splits[::-1], strict=True):
-        ranks = order.resample(shape).ranks.masked_fill(~candidates, _size(shape))
+        ranks = _mean_ranks(order, shape).masked_fill(~candidates, order.num_patches)
         first = ranks.topk(split, dim=1, largest=False).indices
         chosen = torch.zeros_like(candidates).scatter(1, first, 1)  # not True: jit.trace knows no bool there
         leaves.insert(0, _numbers(candidates & ~chosen, count - split))
@@ -110,6 +113,16 @@ def cover_of_leaves(leaves: Sequence[Tensor], shapes: Sequence[tuple[int, int]])
         cover = cover + cells
         start += leaf.shape[1]
     return (cover - 1).clamp_min(0)
+
+
+def _mean_ranks(order: Order, shape: tuple[int, int]) -> Tensor:
+    """(B, h w) of the cells of a level; equal ones are told apart coarse to fine."""
+    means = F.adaptive_avg_pool2d(order.ranks.unflatten(1, order.grid).float().unsqueeze(1), shape).flatten(1)
+    return means + constant(_tie_break, shape, device=means.device)
+
+
+def _tie_break(shape: tuple[int, int]) -> Tensor:
+    return bayer_ranks(shape) / (1000.0 * _size(shape))
 
 
 def _size(shape: tuple[int, int]) -> int:

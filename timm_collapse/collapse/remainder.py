@@ -127,7 +127,8 @@ class Mixed(Plan):
         self.num_kept = counts[0] if self.first else 0
         areas = (grid[0] * grid[1] / (h * w) for h, w in self.shapes)
         self.sizes = tuple(zip(counts, areas, strict=True))[self.first :]
-        self.places = grid[0] * grid[1] if self.splits[-1] else 0  # cells go by the mean rank of all their patches
+        # cells go by the mean rank of all their patches; where patches that come late would stand is worth a guess
+        self.places = min(budget, grid[0] * grid[1]) if self.splits[-1] else 0
 
     @staticmethod
     def levels(budget: int, grid: tuple[int, int], share: float) -> list[tuple[int, int]]:
