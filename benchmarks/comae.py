@@ -131,7 +131,7 @@ def main() -> None:
         "`beta`: patches count by their error given nothing; `scale`: by the error that the decoder expects. The "
         "ranker's graph is that of its factor model where nothing is seen.",
         markdown_table(ranked),
-        f"What the order of {default} (coverage; errors, beta) is made of, and the baselines on the same images:",
+        f"What the order of {default} is made of, and the baselines on the same images:",
         markdown_table([{"order": name, "area": f"{area:+.1%}"} for name, area in data["oracles"].items()]),
     ]
     if args.seeds:
@@ -187,15 +187,13 @@ def oracles(measure: Measure, graphs: Graphs) -> dict[str, float]:
     other = graphs.unknown.roll(1, 0)
     mean = graphs.errors.mean(0, keepdim=True).expand_as(graphs.errors)
     orders = {
-        "coverage; errors, beta: the default": graphs.ranked("coverage", "errors, beta"),
-        "coverage, the graph alone": graphs.ranked("coverage", "errors"),
-        "coverage, the mean graph of all images, own beta": rank_graph(
-            mean, "coverage", personalization=graphs.unknown
-        ),
-        "coverage, own graph, beta of another image": rank_graph(
+        "coverage; errors, beta": graphs.ranked("coverage", "errors, beta"),
+        "coverage; errors: the default": graphs.ranked("coverage", "errors"),
+        "coverage; mean graph of all images, own beta": rank_graph(mean, "coverage", personalization=graphs.unknown),
+        "coverage; own graph, beta of another image": rank_graph(
             graphs.errors, "coverage", personalization=other.contiguous()
         ),
-        "coverage, graph and beta of another image": graphs.ranked("coverage", "errors, beta").roll(1, 0),
+        "coverage; graph and beta of another image": graphs.ranked("coverage", "errors, beta").roll(1, 0),
         "beta alone: error given nothing": graphs.unknown,
         "what is left of it: error given the others": graphs.left,
         "bayer (spread)": CollapseOrder.baseline("bayer")(images[:count], measure.grid).scores,
