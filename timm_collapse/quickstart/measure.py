@@ -20,7 +20,7 @@ from ..models.normalisation import Normalisation
 from ..order import Order
 from ..plots import plot_uncertainty, save
 
-POINTS = 9  # measured numbers of visible patches
+POINTS = 7  # measured numbers of visible patches
 SHARES = (6, 14, 32)  # of 64 patches: the columns of the table
 
 
