@@ -8,7 +8,7 @@ from timm_collapse import CollapseError, CollapseOrder
 from timm_collapse.hub.files import SETTINGS_FILE
 from timm_collapse.hub.save import save_orderer
 from timm_collapse.models.offsets import others
-from timm_collapse.order import RANKINGS, rank_graph
+from timm_collapse.order import RANKINGS, neighbour_kernel, rank_graph
 
 SMALL = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1}
 
@@ -125,9 +125,9 @@ def test_settings_come_back_and_older_ones_rank_as_published(tmp_path):
     assert (again.ranking, again.evidence, again.beta) == ("pagerank", "weights", "even")
 
 
-@pytest.mark.parametrize("cell", [1, 2])
-def test_the_graph_of_a_ranker_is_the_squared_correlation_of_its_factor_model(cell):
-    model = timm.create_model("collapse_ranker_tiny", **SMALL, rank=8, cell=cell).eval()
+@pytest.mark.parametrize("cell, neighbours", [(1, 0.0), (2, 0.0), (1, 0.3)])
+def test_the_graph_of_a_ranker_is_the_squared_correlation_of_its_factor_model(cell, neighbours):
+    model = timm.create_model("collapse_ranker_tiny", **SMALL, rank=8, cell=cell, neighbours=neighbours).eval()
     images = torch.randn(2, 3, 16, 16)
     orderer = CollapseOrder(model)
     with torch.no_grad():
@@ -135,6 +135,7 @@ def test_the_graph_of_a_ranker_is_the_squared_correlation_of_its_factor_model(ce
     covariance = loadings @ loadings.mT + torch.diag_embed(noise)
     variance = covariance.diagonal(dim1=1, dim2=2)
     expected = covariance**2 / variance[:, :, None] / variance[:, None]
+    expected = 1 - (1 - expected) * (1 - neighbour_kernel((4, 4), neighbours))  # what neighbours share anyway
     expected.diagonal(dim1=1, dim2=2).zero_()
     torch.testing.assert_close(orderer.graph(images), expected)
     torch.testing.assert_close(model.evidence(images)[1], variance.sqrt())

@@ -27,12 +27,12 @@ class CoMAE(nn.Module):
     `recipe="paper"` is the published method. "stable" departs from it where it is ill-posed at small scale: with a
     strong decoder and no price on weights w drifts to 1, with a weak one the mask does not polarise. On
     Tiny-ImageNet-100, same steps and data, its L1 under the own mask is .354 against .476, with 91% against 66% of the
-    weights below .1 (docs/results.md, "CoMAE"; the choices were measured together, not one by one). Each can be
+    weights below .1 (docs/results.md, comae_paper; the choices were measured together, not one by one). Each can be
     overridden alone.
 
-    What neither cures: the mask of a target is nearly the same in all images (cosine .999), a local kernel. So its
-    PageRank order is worse than random for reconstruction and its coverage order no better than a plain spread; use the
-    ranker where the order matters.
+    What neither cures: the mask of a target is nearly the same in all images (cosine .999), a local kernel, whose
+    PageRank is worse than random for reconstruction. The decoder knows the image: `evidence` asks what its errors owe
+    to each patch, and greedy coverage of that graph is well ahead of a spread (docs/results.md, comae).
 
     Args:
         img_size: Image side in pixels.
