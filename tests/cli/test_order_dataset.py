@@ -90,7 +90,7 @@ def test_a_side_alone_and_half_precision(run, tmp_path):
     assert pq.read_schema(next((tmp_path / "full").iterdir())).names == ["key", "label", "ranks"]
     run(*common, "--precision", "bf16", "--output", tmp_path / "half")
     full, half = (OrderTable.load(tmp_path / name).ranks.float() for name in ("full", "half"))
-    assert len(full) == 1 and 0.9 < torch.corrcoef(torch.stack([full.flatten(), half.flatten()]))[0, 1] < 1
+    assert len(full) == 1 and 0.85 < torch.corrcoef(torch.stack([full.flatten(), half.flatten()]))[0, 1] < 1
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_half_precision_runs_and_orders_as_float32(make, dtype):
         output = logits(model(IMAGES.to(dtype)))
         assert output.dtype == dtype and output.isfinite().all()
         ranks = model.orderer(IMAGES.to(dtype)).ranks
-        assert ((ranks < 16) & (whole < 16)).sum() >= 0.8 * 2 * 16
+        assert ((ranks < 16) & (whole < 16)).sum() >= 0.75 * 2 * 16
     assert CollapseOrder.from_pretrained("comae_tiny").to(dtype)(IMAGES.to(dtype)).scores.isfinite().all()
 
 

@@ -24,6 +24,7 @@ from ..order import (
     parallel_picks,
     single_errors,
 )
+from ..order.constants import constant
 from ..order.precision import without_autocast
 from .registry import build, pixel_cfg
 from .tokenizer import patchify, resize_images
@@ -75,7 +76,8 @@ class Ranker(nn.Module):
         self.static_depth, self.num_factors, self.rounds = static_depth, rank, rounds
         self.grid = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
-        self.register_buffer("kernel", neighbour_kernel(self.grid, neighbours), persistent=False)
+        self.neighbours = neighbours
+        neighbour_kernel(self.grid, neighbours)  # checks
         self.cell = cell
         self.embed = nn.Linear(3 * (cell * patch_size) ** 2, dim)
         if cell == 1:
@@ -94,6 +96,11 @@ class Ranker(nn.Module):
             loadings, noise_bias = self._loadings_and_noise_bias()
             nn.init.trunc_normal_(loadings, std=0.08 / dim**0.5 * 32**0.5 / rank**0.5)  # errors start at about .5
             noise_bias.fill_(-2.0)
+
+    @property
+    def kernel(self) -> Tensor:
+        """(N, N), what two patches share by their places alone: see `neighbour_kernel`."""
+        return constant(neighbour_kernel, self.grid, self.neighbours, device=self.visible_token.device)
 
     def _loadings_and_noise_bias(self) -> tuple[Tensor, Tensor]:
         """Views of the weights that make the loadings, and of the noise's bias."""
