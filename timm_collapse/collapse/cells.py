@@ -10,7 +10,6 @@ from torch import Tensor
 from ..order.constants import constant
 
 
-@lru_cache(maxsize=256)
 def coarse_grid(budget: int, grid: tuple[int, int], least: int = 1) -> tuple[int, int] | None:
     """The grid (h, w) of coarse tokens that fills a budget best: at most `budget` cells, nearly the image's aspect.
 
@@ -23,6 +22,11 @@ def coarse_grid(budget: int, grid: tuple[int, int], least: int = 1) -> tuple[int
         The grid with most cells whose cells are at most 1.5 times as long as wide (or the reverse, relative to a
         patch), the squarest of these; None for a budget under 1.
     """
+    # a graph that is compiled keeps what is found here; its compiler warns of caches
+    return (_search if torch.compiler.is_compiling() else _search_once)(budget, grid, least)
+
+
+def _search(budget: int, grid: tuple[int, int], least: int) -> tuple[int, int] | None:
     best, most = None, [max(1, side // least) for side in grid]
     for h in range(1, min(most[0], budget) + 1):
         for w in range(1, min(most[1], budget // h) + 1):
@@ -31,6 +35,9 @@ def coarse_grid(budget: int, grid: tuple[int, int], least: int = 1) -> tuple[int
             if stretch <= 1.5 or h * w == 1:
                 best = max(best or (0,), (h * w, -stretch, (h, w)))
     return best[-1] if best else None
+
+
+_search_once = lru_cache(maxsize=256)(_search)
 
 
 def axis_weights(new: int, old: int) -> Tensor:

@@ -208,7 +208,7 @@ def neighbour_kernel(grid: tuple[int, int], strength: float) -> Tensor:
     rows = torch.arange(grid[0]).repeat_interleave(grid[1])
     columns = torch.arange(grid[1]).repeat(grid[0])
     squares = sum((x.unsqueeze(0) - x.unsqueeze(1)).square() for x in (rows, columns))
-    return (strength * torch.exp(squares / -2.0)).fill_diagonal_(1.0)
+    return torch.where(squares == 0, 1.0, strength * torch.exp(squares / -2.0))
 
 
 def _substitute(lower: Tensor, right: Tensor) -> Tensor:
