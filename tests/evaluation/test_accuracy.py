@@ -136,6 +136,14 @@ def test_curves_on_digits_equal_the_model_at_each_keep(orderer, remainder):
     assert curves["collapsed"].images == 40 and type(plain) is not type(model)
 
 
+def test_cells_are_chosen_at_each_keep_by_as_much_of_the_order_as_in_use():
+    model, asked = with_orderer(tiny(), "collapse_ranker_tiny", "split"), []
+    own = model.orderer.forward
+    model.orderer.forward = lambda *args, upto=None, **kwargs: asked.append(upto) or own(*args, upto=upto, **kwargs)
+    accuracy_curves({"collapsed": model}, digits(10), [1.0, 0.5, 0.25], device="cpu", progress=False)
+    assert asked == [8, 4]
+
+
 def test_a_copy_shares_weights_but_not_its_orderer():
     model = collapse(tiny(), "bayer", keep=0.5, remainder="fused")
     twin = with_orderer(model, "raster")

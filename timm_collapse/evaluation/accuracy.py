@@ -129,14 +129,14 @@ def _shared_order(model: nn.Module, images: Tensor, keeps: list[float], orders: 
     """The order of a batch up to the last place that any keep needs; `orders` holds those of the batch so far."""
     if not hasattr(model, "keep"):
         return None
+    if getattr(model, "remainder", "none") in ("mixed", "split"):
+        return None  # each keep has its own: cells go by the later ranks, too, which are a guess beyond its places
     grid = model.image_grid(images)
-    whole = getattr(model, "remainder", "none") in ("mixed", "split")  # which go by the ranks of all patches
-    key = (id(model.orderer), grid, model.normalisation, whole)
+    key = (id(model.orderer), grid, model.normalisation)
     if key not in orders:
         num_patches = grid[0] * grid[1]
         needed = [k for k in (resolve_keep(keep, num_patches) for keep in keeps) if k < num_patches]
-        upto = num_patches if whole else max(needed, default=0)
-        orders[key] = model.compute_order(images, upto=upto) if needed else None
+        orders[key] = model.compute_order(images, upto=max(needed)) if needed else None
     return orders[key]
 
 
