@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from vit_cells import Cell, curves, report
 from vit_orders import OWN_ORDERS
-from vit_probe import first_blocks, linear_probe
+from vit_probe import add_source, first_blocks, linear_probe
 
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse import CollapseError, CollapseOrder, Order
@@ -40,13 +40,7 @@ CONTROLS = ("reversed", "another")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="section of docs/results.md and name of the JSON file")
-    parser.add_argument("--model", required=True, help="timm name or local-dir:FOLDER, with pretrained weights")
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--blocks", type=int, default=0, help="the first so many blocks only; 0: all")
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--images", type=int, default=300, help="evenly spaced images of the split; 0: all")
+    add_source(parser, images=300)
     parser.add_argument("--probe", type=int, default=1000, help="photos of the train split for it; 0: own classifier")
     parser.add_argument("--budgets", nargs="+", type=int, default=[128, 64, 32])
     parser.add_argument(

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+
 import timm
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+
+
+def add_source(parser: argparse.ArgumentParser, images: int) -> None:
+    """What is measured: the section's name, a ViT, and evenly spaced images of a split."""
+    parser.add_argument("--name", required=True, help="section of docs/results.md and name of the JSON file")
+    parser.add_argument("--model", required=True, help="timm name or local-dir:FOLDER, with pretrained weights")
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--blocks", type=int, default=0, help="the first so many blocks only; 0: all")
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--images", type=int, default=images, help="evenly spaced images of the split; 0: all")
 
 
 def first_blocks(name: str, img_size: int, blocks: int, **kwargs) -> nn.Module:
