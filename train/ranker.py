@@ -150,7 +150,7 @@ def finish(args: Args, run: Run) -> None:
         save_model(model, args.output, recipe=args)
 
 
-METHODS = ("rank", "static", "factors")
+METHODS = ("rank", "static", "picks")
 TRAINERS = {"pixels": train_on_pixels, "imitation": train_on_ranker, "features": train_on_features}
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 from timm_collapse import CollapseError, Order, Ranker
 from timm_collapse.collapse.remainder import Plan
+from timm_collapse.lessons import features
 from timm_collapse.lessons.features import FeatureLesson
+from timm_collapse.order import parallel_picks
 
 SHAPE = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -126,8 +128,28 @@ def test_ranker_learns_the_patch_that_decides():
         out = ranker(batch, *lesson(batch, draws, ranker if step > 20 and step % 2 else None, batch))
         optimizer.zero_grad()
         out["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(ranker.parameters(), 1.0)  # as in training
         optimizer.step()
     assert before < 0.4 and found() > 0.9, (before, found())
+
+
+def test_own_sets_go_on_as_the_ranker_picks_in_use(monkeypatch):
+    """With its own kernel and rounds, where some patches are visible."""
+    monkeypatch.setattr(features, "jitter_order", lambda order, *_: order)
+    policy, images = small_ranker(neighbours=0.95, rounds=1), torch.randn(4, 3, 32, 32)
+    torch.nn.init.normal_(policy.loadings.weight, std=0.3)
+    lesson, differing = FeatureLesson(OnePatchMatters(), num_sets=2), 0
+    for seed in range(40):
+        visible, revealed, _ = lesson(images, Draws(seed), policy, images)
+        if not visible.any():
+            continue
+        factors, count = policy.factors(policy.static(images), visible), int((revealed[0, 1] & ~visible[0]).sum())
+        for kwargs, own in (({"rounds": 1, "kernel": policy.kernel}, True), ({}, False)):
+            picked = parallel_picks(*factors, visible, **kwargs)[0][:, :count]
+            same = torch.equal(revealed[:, 1], visible.scatter(1, picked, True))
+            assert same or not own
+            differing += not same
+    assert differing > 1
 
 
 def test_set_losses_are_shares_of_the_variance_among_sets():

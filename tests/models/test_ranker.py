@@ -9,7 +9,7 @@ from timm_collapse.lessons.imitation import Imitation, inherit
 from timm_collapse.lessons.pixels import Lesson
 from timm_collapse.models import unpatchify
 from timm_collapse.models.ranker import Ranker
-from timm_collapse.order import expected_errors, single_errors
+from timm_collapse.order import expected_errors, parallel_picks, single_errors
 
 SMALL = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1, "rank": 8, "phases": (0.0, 0.25, 0.5)}
 
@@ -142,6 +142,26 @@ def test_lesson_sets_are_nested_and_errors_belong_to_them(own):
     tokens = environment.tokenizer(images)
     index = revealed[:, 2].float().topk(int(revealed[0, 2].sum())).indices.sort(1).values
     assert torch.allclose(errors[:, 2], environment.errors(tokens, index, (4, 4)), atol=1e-5)
+
+
+def test_own_sets_of_a_lesson_are_what_the_ranker_picks_in_use():
+    """With its own kernel and rounds: here neighbours exclude each other, and shares are worked out once."""
+    policy = ranker(neighbours=0.95, rounds=1, phases=(0.0,))
+    torch.nn.init.normal_(policy.loadings.weight, std=0.3)
+    environment = timm.create_model(
+        "collapse_reconstructor_tiny", img_size=16, patch_size=4, dim=32, depth=1, decoder_dim=32, decoder_depth=1
+    )
+    lesson, images, checked, differing = Lesson(environment, num_sets=4), torch.randn(6, 3, 16, 16), 0, 0
+    for _ in range(12):
+        visible, revealed, _ = lesson(images, Fixed(), policy)
+        if visible.any():  # the network is told of them, and the order goes on from there
+            continue
+        for chosen in (revealed[:, 2], revealed[:, 4]):
+            count, checked = int(chosen[0].sum()), checked + 1
+            assert torch.equal(chosen, policy.rank(images).argsort(1).argsort(1) >= 16 - count)
+            other = parallel_picks(*policy.factors(policy.static(images)))[0][:, :count]
+            differing += not torch.equal(chosen, torch.zeros_like(chosen).scatter(1, other, True))
+    assert checked > 3 and differing > 1
 
 
 @pytest.mark.parametrize("cell", [1, 2])

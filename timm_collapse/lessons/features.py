@@ -15,7 +15,7 @@ from torch import Tensor
 from ..collapse.base import Collapsed
 from ..models.ranker import Ranker
 from ..models.transformer import use_plain_attention
-from ..order import CollapseError, Order, jitter_order, parallel_order
+from ..order import CollapseError, Order, jitter_order
 
 
 class FeatureLesson:
@@ -74,8 +74,7 @@ class FeatureLesson:
         order = first.argsort(1)
         visible = torch.zeros(b, n, dtype=torch.bool, device=images.device).scatter(1, order[:, :start], True)
         if ahead is not None and start:
-            factors = policy.factors(policy.static(policy_images), visible)
-            ahead = Order.from_indices(parallel_order(*factors, visible), grid)
+            ahead = Order.from_indices(policy.picks(policy.static(policy_images), visible)[0], grid)
 
         vit.keep = 1.0
         whole = self._output(images)

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..models.ranker import Ranker
 from ..models.reconstructor import Reconstructor
 from ..models.transformer import use_plain_attention
-from ..order import parallel_order
 
 
 class Lesson:
@@ -56,8 +55,7 @@ class Lesson:
         left = math.log(max(1, n - start - 1))
         added = [1 if i % 2 == 0 else round(math.exp(random.uniform() * left)) for i in range(self.num_sets)]
         if policy is not None:
-            factors = policy.factors(policy.static(images), visible)
-            ahead = parallel_order(*factors, visible)
+            ahead, _ = policy.picks(policy.static(images), visible)
         for i, more in enumerate(added):
             if policy is not None and i % 2:
                 extra = ahead[:, :more]

@@ -128,7 +128,7 @@ class Ranker(nn.Module):
             visible: (B, N) bool; None: nothing is.
 
         Returns:
-            loadings (B, N, r) and noise (B, N), for `expected_errors` and `parallel_order`; those of visible patches
+            loadings (B, N, r) and noise (B, N), for `expected_errors` and `parallel_picks`; those of visible patches
             mean nothing.
         """
         x, c = static, self.cell
@@ -197,6 +197,24 @@ class Ranker(nn.Module):
         return graph.clamp(max=1.0), unknown
 
     @torch.no_grad()
+    def picks(
+        self,
+        static: Tensor,
+        visible: Tensor | None = None,
+        weights: Tensor | None = None,
+        candidates: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One phase of an order: the next patches where some are visible, by the factors that are predicted there.
+
+        Args:
+            static: (B, N / cell^2, dim), from `static`.
+            visible: (B, N) bool; None: nothing is.
+            weights, candidates: See `parallel_picks`, also for what is returned.
+        """
+        factors = self.factors(static, visible)
+        return parallel_picks(*factors, visible, self.rounds, weights, self.kernel, candidates)
+
+    @torch.no_grad()
     def rank(
         self,
         images: Tensor,
@@ -210,7 +228,7 @@ class Ranker(nn.Module):
             images: (B, C, H, W), normalised; any size.
             upto: Only the first `upto` places are needed: later phases are saved, the rest follows by its last gain.
             phases: Other phases than the model's own.
-            weights: (B, N), see `parallel_order`.
+            weights: (B, N), see `parallel_picks`.
         """
         check_images(images, values=False)
         n = self.num_patches
@@ -231,8 +249,7 @@ class Ranker(nn.Module):
                 visible = torch.zeros(shape, dtype=torch.bool, device=images.device).scatter(1, before, 1)
             places = min(stop, upto) - start
             candidates = min(n - start, max(places, (n + 1) // 2))  # as good as all, at a quarter of the operations
-            factors = self.factors(static, visible)
-            ahead, others = parallel_picks(*factors, visible, self.rounds, weights, self.kernel, candidates)
+            ahead, others = self.picks(static, visible, weights, candidates)
             picks.append(ahead[:, :places])
             rest = ahead[:, places:], others[:, : n - start - candidates]
         scores = torch.linspace(1.0, 1.0 / n, n, device=images.device)

@@ -10,7 +10,6 @@ from .factors import (
     dependencies,
     expected_errors,
     neighbour_kernel,
-    parallel_order,
     parallel_picks,
     single_errors,
 )
@@ -50,7 +49,6 @@ __all__ = [
     "mix_random",
     "pagerank",
     "neighbour_kernel",
-    "parallel_order",
     "parallel_picks",
     "parse_keep",
     "patch_weights",

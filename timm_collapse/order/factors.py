@@ -111,23 +111,6 @@ def dependencies(loadings: Tensor, noise: Tensor, kernel: Tensor | None = None) 
 
 
 @torch.no_grad()
-def parallel_order(
-    loadings: Tensor,
-    noise: Tensor,
-    revealed: Tensor | None = None,
-    rounds: int = 3,
-    weights: Tensor | None = None,
-    kernel: Tensor | None = None,
-) -> Tensor:
-    """An order of the patches, all at once: `parallel_picks` where all are candidates.
-
-    Returns:
-        (B, N) long: best first, the revealed ones last.
-    """
-    return parallel_picks(loadings, noise, revealed, rounds, weights, kernel)[0]
-
-
-@torch.no_grad()
 def parallel_picks(
     loadings: Tensor,
     noise: Tensor,
