@@ -52,8 +52,9 @@ class Args(TrainArgs):
     )
     teacher_remainder: list[str] = field(
         default_factory=lambda: ["none"],
-        metadata={"help": "For features: none, fused, coarse; one is drawn each step."},
+        metadata={"help": "For features: none, fused, coarse, split; one is drawn each step."},
     )
+    teacher_area_bias: float = field(default=0.0, metadata={"help": "For features: that of the collapsed ViT."})
     reconstructor: str = field(default="runs/environment", metadata={"help": "Folder of a trained reconstructor."})
     crop_scale: float = field(default=0.5, metadata={"help": "Smallest area share of the random crops."})
     sets: int = field(default=4, metadata={"help": "Revealed sets an image, beside the visible one."})
@@ -69,6 +70,7 @@ class Args(TrainArgs):
             raise CollapseError(f"teacher: --target {self.target} needs a timm model's name, got none")
         self.check_range("crop_scale", "on_policy", high=1)
         self.check_range("sets", low=1)
+        self.check_range("teacher_area_bias")
 
 
 def main() -> None:
@@ -118,7 +120,7 @@ def train_on_ranker(args: Args, model: Ranker) -> None:
 def train_on_features(args: Args, model: Ranker) -> None:
     teacher = load_model(args.teacher, "teacher", pretrained=not args.dry_run)
     cfg = teacher.pretrained_cfg
-    collapse(teacher, "random", remainder="none")  # only given orders are used
+    collapse(teacher, "random", remainder="none", area_bias=args.teacher_area_bias)  # only given orders are used
     size = teacher.patch_embed.img_size
     check_grid(model, teacher.patch_embed.grid_size, "teacher")
     run = start_run(args, model, *open_images(args, size[0], cfg), methods=METHODS)

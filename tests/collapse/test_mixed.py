@@ -102,6 +102,22 @@ def test_leaves_cover_every_patch_once(budget, share):
     assert budget - 2 <= kept.shape[1] + sum(cells.shape[1] for cells in leaves) <= budget
 
 
+@pytest.mark.parametrize("remainder, keep", [("mixed", 64), ("split", 64), ("split", 100)])
+def test_detailed_patches_are_those_of_the_smallest_cells(remainder, keep):
+    model = collapse(vit(), "bayer", keep=keep, remainder=remainder)
+    order = Order(torch.rand(2, 256), (16, 16))
+    plan = model.plan(keep, (16, 16))
+    fine, (h, w) = choose_leaves(order, plan.shapes, plan.splits)[0], plan.shapes[0]
+    detailed = plan.detailed(order).view(2, 16, 16)
+    for image in range(2):
+        for row in range(16):
+            for column in range(16):  # its centre lies in a cell
+                cell = (2 * row + 1) * h // 32 * w + (2 * column + 1) * w // 32
+                if 32 % h == 32 % w == 0:
+                    assert detailed[image, row, column] == (cell in fine[image])
+    assert abs(detailed.float().mean() - fine.shape[1] / (h * w)) < 0.1
+
+
 def test_early_regions_are_fine():
     scores = torch.zeros(1, 16, 16)
     scores[0, 4:8, 8:12] = 1

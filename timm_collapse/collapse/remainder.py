@@ -63,6 +63,10 @@ class Plan:
             return Selection(torch.empty(images.shape[0], 0, dtype=torch.long, device=images.device), self.grid)
         return Selection(order.first(self.places), self.grid)
 
+    def detailed(self, order: Order) -> Tensor:
+        """(B, N) bool: the patches that are seen at the finest resolution."""
+        return order.ranks < self.places  # not `mask`: 1 would be all of them
+
     def with_cells(self, first: Selection, tokens: Tensor, cells: tuple[int, int]) -> Selection:
         """A selection whose extra tokens are the cells of a coarse grid."""
         device = first.kept.device
@@ -149,6 +153,12 @@ class Mixed(Plan):
             places.append(constant(cell_centres, self.grid, shape, device=images.device)[0][leaf])
         cover, areas = partial(self.cover, leaves), self.areas(images.device)
         return Selection(kept, self.grid, torch.cat(extra, 1), torch.cat(places, 1), cover, areas=areas)
+
+    def detailed(self, order: Order) -> Tensor:
+        fine = choose_leaves(order, self.shapes, self.splits)[0]
+        h, w = self.shapes[0]
+        cells = torch.zeros(len(fine), h * w, dtype=torch.bool, device=fine.device).scatter(1, fine, 1)
+        return cells[:, constant(cell_of_patches, self.grid, (h, w), device=fine.device)[0]]
 
     def cover(self, leaves: list[Tensor]) -> Tensor:
         """(B, N) long: the extra token that stands for each patch."""

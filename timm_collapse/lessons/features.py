@@ -5,7 +5,6 @@ No labels: the target is what the same ViT says of the whole image.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,19 +16,24 @@ from ..models.ranker import Ranker
 from ..models.transformer import use_plain_attention
 from ..order import CollapseError, Order, jitter_order
 
+SMALLEST_SPLIT = 16
+"""Tokens: of fewer there is hardly a cell to choose."""
+
 
 class FeatureLesson:
     """Draws sets of equal size for each image and measures what a frozen ViT loses on each.
 
     Every step has one token budget, log-uniform up to `max_share` of the patches, and one visible set an image: empty
     (4 steps in 10), or of random size. Half of the sets complete it at random, half as the policy would, jittered.
-    Sets of one size differ in nothing but which patches they hold, and that is what an order is to know.
+    Sets of one size differ in nothing but which patches they hold, and that is what an order is to know. With the
+    remainder "split" a set is that of the patches in small cells, nothing is visible before, and budgets are at least
+    16 tokens.
 
     Args:
-        vit: A collapsed ViT, used to sets of patches (one trained with random drop); frozen here.
+        vit: A collapsed ViT, used to sets of patches (one trained with random drop) or to the remainder; frozen here.
         num_sets: Sets an image, at least 2.
-        remainders: One of these is drawn each step, see `Collapsed`; "mixed" and "split" have no set of first patches
-            to learn.
+        remainders: One of these is drawn each step, see `Collapsed`; "mixed" has cells of more than two sizes, and so
+            no set to learn.
         max_share: Largest budget, as a share of the patches.
     """
 
@@ -38,8 +42,8 @@ class FeatureLesson:
     ):
         if num_sets < 2:
             raise CollapseError(f"sets: must be at least 2, as sets of one image are compared, got {num_sets}")
-        if {"mixed", "split"} & set(remainders):
-            raise CollapseError(f"remainders must be of none, fused and coarse, got {', '.join(remainders)}")
+        if "mixed" in remainders:
+            raise CollapseError(f"remainders must be of none, fused, coarse and split, got {', '.join(remainders)}")
         self.vit = vit.eval().requires_grad_(False)
         if next(vit.parameters()).device.type == "cpu":
             use_plain_attention(vit)
@@ -62,9 +66,12 @@ class FeatureLesson:
         grid = vit.image_grid(images)
         n = grid[0] * grid[1]
         vit.remainder = self.remainders[random.randint(0, len(self.remainders))]
-        budget = round(math.exp(random.uniform() * math.log(max(1.0, self.max_share * n))))
-        size = vit.plan(budget, grid).places
-        start = 0 if random.randint(0, 10) < 4 else random.randint(0, size)
+        cells = vit.remainder == "split"
+        least = SMALLEST_SPLIT if cells else 1
+        budget = round(least * max(1.0, self.max_share * n / least) ** random.uniform())
+        plan = vit.plan(budget, grid)
+        size = plan.places
+        start = 0 if random.randint(0, 10) < 4 or cells else random.randint(0, size)
         ahead = None
         if policy is not None:
             ahead = Order(policy.rank(policy_images, upto=size), grid)
@@ -85,10 +92,9 @@ class FeatureLesson:
             scores = noise
             if ahead is not None and i % 2:
                 scores = jitter_order(ahead, 0.05 + 0.3 * random.uniform(), noise).scores
-            chosen = (scores - scores.amin()).masked_fill(visible, torch.inf)
-            chosen = torch.zeros_like(visible).scatter(1, chosen.topk(size, dim=1).indices, True)
-            sets.append(chosen)
-            seen = self._output(images, Order(chosen.float(), grid))
+            order = Order(scores + visible * (scores.amax() - scores.amin() + 1.0), grid)
+            sets.append(plan.detailed(order))
+            seen = self._output(images, order)
             errors.append(output_distance(seen, whole, vit.num_classes))
         return visible, torch.stack(sets, 1), torch.stack(errors, 1)
 
