@@ -42,7 +42,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument(
         "--variants", nargs="+", default=["downscaled:2", "collapse:2", "random:2", "bayer:2", "none:1"],
-        help="NAME:SEEDS; downscaled, none, whole (trained on all patches), collapse, or a baseline for its order",
+        help="NAME:SEEDS; downscaled, biased (downscaled, with the area bias), none, whole (trained on all patches), "
+        "collapse, or a baseline or orderer for its order",
     )  # fmt: skip
     parser.add_argument("--rest", default="--remainder split --area_bias 0.5", help="of collapse and the baselines")
     parser.add_argument(
@@ -60,6 +61,7 @@ def variant_arguments(name: str, rest: str) -> str:
     """Arguments of train/cvit.py that make a variant."""
     known = {
         "downscaled": "--remainder coarse --coarse_share 1",
+        "biased": "--remainder coarse --coarse_share 1 --area_bias 0.5",
         "none": "--remainder none",
         "whole": f"--keep_schedule full {rest}",
         "collapse": rest,
@@ -205,7 +207,7 @@ def main() -> None:
         f"at one of the budgets {', '.join(map(str, args.budgets))}. Top-1 in per cent before -> after, mean of the "
         f"seeds (± half their range), {args.split}; standard error of a figure up to {error:.1f}, all see the same. "
         f"collapse, bayer, random: `{args.rest}` with these orders; none: nothing for the rest; downscaled: the image "
-        "shrunk to as many tokens or a few less; whole: trained on all patches.",
+        "shrunk to as many tokens or a few less (biased: these count for their areas); whole: trained on all patches.",
         markdown_table(rows_of(found)),
         *([args.note] if args.note else []),
     ]

@@ -50,7 +50,7 @@ def test_the_start_is_a_saved_classifier_of_the_first_blocks(bench, monkeypatch)
     assert bench.start == folder and (folder / "model.safetensors").stat().st_mtime_ns == written  # made once
 
 
-@pytest.mark.parametrize("variant", ["downscaled", "collapse", "none", "whole", "random", "bayer"])
+@pytest.mark.parametrize("variant", ["downscaled", "biased", "collapse", "none", "whole", "random", "bayer"])
 def test_trainings_and_their_starts_have_the_same_settings(variant, bench, monkeypatch):
     monkeypatch.setattr(adapt_vit.Bench, "start", Path("runs/start"))
     args = parse_args(load_script("cvit").Args, "", bench.command(variant, 3))
