@@ -2,6 +2,9 @@
 
     python benchmarks/orders.py --name tin100 --judge runs/judge64 --dataset data/tiny-imagenet-100 --images 500 \
         --ranker collapse_ranker_tiny --comae comae_tiny --oracle 12
+
+With several rankers, what each costs stands beside; what one is given instead of its own follows its name:
+--ranker collapse_ranker_tiny_224 "collapse_ranker_tiny_224 spread_first=.13 phases=0,.23,.4,.62"
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from tqdm.auto import tqdm
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse import CollapseOrder, Order
 from timm_collapse.data import eval_transform, open_dataset
-from timm_collapse.evaluation import greedy_oracle, uncertainty_curve
+from timm_collapse.evaluation import count_launches, count_macs, greedy_oracle, images_per_second, uncertainty_curve
 from timm_collapse.evaluation.report import markdown_table, write_section
 from timm_collapse.evaluation.uncertainty import visible_counts
 from timm_collapse.models.normalisation import Normalisation
@@ -35,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--points", type=int, default=20, help="numbers of visible patches that are measured; 0 for all"
     )
-    parser.add_argument("--ranker", default="collapse_ranker_tiny", help="registered name or folder")
+    parser.add_argument("--ranker", nargs="+", default=["collapse_ranker_tiny"], help="registered names or folders")
     parser.add_argument("--comae", default="", help="registered name or folder; empty for none")
     parser.add_argument("--oracle", type=int, default=0, help="images for the greedy oracle (slow)")
     parser.add_argument("--random-seeds", type=int, default=3)
@@ -61,7 +64,8 @@ def main() -> None:
     for name in BASELINES:
         if name != "random":
             orders[name] = CollapseOrder.baseline(name)(images, grid)
-    orders["ranker"] = ordered(CollapseOrder.from_pretrained(args.ranker), images, cfg, grid)
+    rankers = {"ranker" if i == 0 else name: load(name) for i, name in enumerate(args.ranker)}
+    orders |= {name: ordered(ranker, images, cfg, grid) for name, ranker in rankers.items()}
     orders["ranker, of another image"] = orders["ranker"][torch.arange(count).roll(1)]
     mean_map = orders["ranker"].scores.mean(0, keepdim=True).expand(count, -1)
     orders["ranker, mean map of all images"] = Order(mean_map.contiguous(), grid)
@@ -84,32 +88,38 @@ def main() -> None:
         "area": sum(c.area for c in random) / len(random),
         "sum": sum(c.sum_area for c in random) / len(random),
         "entropy": sum(c.entropy_area for c in random) / len(random),
+        "cross_entropy": sum(c.cross_entropy_area for c in random) / len(random),
         **{k: sum(c.at(k) for c in random) / len(random) for k in shares(grid)},
     }
     spread = max(abs(c.area / reference["area"] - 1) for c in random)
-    numbers = {"random": {"area": reference["area"], "sum": reference["sum"], "entropy": reference["entropy"]}}
+    numbers = {"random": {name: reference[name] for name in ("area", "sum", "entropy", "cross_entropy")}}
     rows = [{"order": f"random (mean of {len(random)}, spread {spread:.1%})", "area": f"{reference['area']:.4f}",
              "summed": f"{reference['sum']:.4f}", **{f"at {k}": f"{reference[k]:.4f}" for k in shares(grid)},
-             "entropy": f"{reference['entropy']:.4f}", "Spearman between images": "0"}]  # fmt: skip
+             "entropy": f"{reference['entropy']:.4f}", "cross-entropy": f"{reference['cross_entropy']:.4f}",
+             "Spearman between images": "0"}]  # fmt: skip
     for name, curve in sorted(curves.items(), key=lambda item: item[1].area):
         found = {"area": curve.area / reference["area"] - 1, "sum": curve.sum_area / reference["sum"] - 1,
                  **{f"at {k}": curve.at(k) / reference[k] - 1 for k in shares(grid)},
                  "standard_error": float((curve.areas / random[0].areas).std() / count**0.5),
                  "entropy": curve.entropy_area - reference["entropy"],
+                 "cross_entropy": curve.cross_entropy_area - reference["cross_entropy"],
                  "image_spearman": image_dependence(orders[name]).pairwise_spearman}  # fmt: skip
         numbers[name] = found
         rows.append({"order": name, "area": f"{found['area']:+.1%}", "summed": f"{found['sum']:+.1%}",
                      **{f"at {k}": f"{found[f'at {k}']:+.1%}" for k in shares(grid)},
-                     "entropy": f"{found['entropy']:+.4f}",
+                     "entropy": f"{found['entropy']:+.4f}", "cross-entropy": f"{found['cross_entropy']:+.4f}",
                      "Spearman between images": f"{found['image_spearman']:.3f}"})  # fmt: skip
     text = [
         f"{count} images of {Path(args.dataset).name} ({args.split}{', part ' + args.part if args.part else ''}), grid "
         f"{grid[0]} x {grid[1]}. `area`: mean over the number k of visible patches of the mean L1 error of the hidden "
         "ones; `summed`: of their summed error (Definition 1 of the paper: early k weigh more); `at k`: error at k "
         "visible patches; all relative to random order, lower is better. `entropy`: mean over k of the summed Laplace "
-        "entropy of the hidden patches, nats a feature, difference to random.",
+        "entropy of the hidden patches, nats a feature, difference to random: what the judge believes. "
+        "`cross-entropy`: the same of their negative log-likelihood: what they really cost.",
         markdown_table(rows),
     ]
+    if len(rankers) > 1:
+        text.append(costs_text(rankers, shares(grid)[1], numbers))
     if args.comae:
         agree = {r: float(spearman(orders["ranker"], orders[f"CoMAE, {r}"]).mean()) for r in RANKINGS}
         numbers["ranker_to_exact_spearman"] = agree
@@ -126,6 +136,32 @@ def main() -> None:
     figure = plot_uncertainty({n: c.error.numpy() for n, c in shown.items()}, visible=visible)
     save(figure, Path("docs") / f"orders_{args.name}.png")
     print("\n\n".join(text))
+
+
+def load(spec: str) -> CollapseOrder:
+    """A ranker from its name and, after spaces, what it is given instead of its own."""
+    name, *given = spec.split()
+    values = {
+        key: [float(number) for number in value.split(",")] for key, _, value in (g.partition("=") for g in given)
+    }
+    return CollapseOrder.from_pretrained(name, **{k: tuple(v) if k == "phases" else v[0] for k, v in values.items()})
+
+
+def costs_text(rankers: dict[str, CollapseOrder], upto: int, numbers: dict, batch: int = 8, runs: int = 7) -> str:
+    """What the first `upto` patches cost; also written into `numbers`."""
+    images = torch.randn(batch, 3, 224, 224)
+    calls = {name: lambda model=ranker.model: model.rank(images, upto=upto) for name, ranker in rankers.items()}
+    speeds, rows = images_per_second(calls, batch, runs), []
+    for name, call in calls.items():
+        cost = {"passes": sum(start < upto for start in rankers[name].model.starts()),
+                "gmacs": count_macs(call) / batch / 1e9, "launches": count_launches(call),
+                "time": speeds["ranker"] / speeds[name]}  # fmt: skip
+        numbers[name] |= cost
+        rows.append({"order": name, "passes": cost["passes"], "GMACs an image": f"{cost['gmacs']:.3f}",
+                     "launches": cost["launches"], "time": f"{cost['time']:.2f}"})  # fmt: skip
+    return (f"Cost of the first {upto} places from pictures of 224 px: passes of the network that is told what is "
+            f"visible, multiply-accumulates, launches, and time, batch {batch}, relative to the first ranker (median "
+            f"of {runs} runs in turn).\n\n{markdown_table(rows)}")  # fmt: skip
 
 
 def ordered(orderer: CollapseOrder, images: torch.Tensor, cfg: dict, grid: tuple[int, int]) -> Order:

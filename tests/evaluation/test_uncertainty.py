@@ -48,6 +48,8 @@ def test_curve_by_hand(images):
     assert curve.areas.tolist() == pytest.approx([1.75, 3.25])
     assert curve.sum_area == pytest.approx((2.5 / 2 + 2.5 * 0.75 + 2.5 * 0.5 + 2.5 * 0.25 / 2) / 3)
     assert curve.entropy[0] == pytest.approx(1 + math.log(2)) and curve.at(2) == 2.5
+    assert curve.cross_entropy.tolist() == pytest.approx([2.5 + math.log(2)] * 4)  # the scale is 1, the error 2.5
+    assert curve.cross_entropy_area == pytest.approx((2.5 + math.log(2)) / 2.5 * curve.sum_area)
 
 
 def test_oracle_takes_the_worst_patch_first(images):

@@ -5,11 +5,13 @@ import torch
 import timm_collapse  # noqa: F401
 from timm_collapse import CollapseError, CollapseOrder
 from timm_collapse.evaluation import count_launches, count_macs
+from timm_collapse.hub.save import save_model
 from timm_collapse.lessons.imitation import Imitation, inherit
 from timm_collapse.lessons.pixels import Lesson
 from timm_collapse.models import unpatchify
 from timm_collapse.models.ranker import Ranker
 from timm_collapse.order import expected_errors, parallel_picks, single_errors
+from timm_collapse.order.spread import bayer_ranks
 
 SMALL = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1, "rank": 8, "phases": (0.0, 0.25, 0.5)}
 
@@ -37,6 +39,53 @@ def test_upto_saves_the_later_phases():
         passes.clear()
         model.rank(images, upto=upto)
         assert len(passes) == expected
+
+
+@pytest.mark.parametrize("phases, later", [((0.0, 0.25, 0.5), [8]), ((0.0, 0.2), [])])
+def test_the_first_patches_by_a_spread_and_the_others_as_where_these_are_visible(phases, later):
+    model, images = ranker(spread_first=0.33, phases=phases), torch.randn(3, 3, 16, 16)
+    torch.nn.init.normal_(model.visible_token)
+    first = bayer_ranks((4, 4)).argsort()[:5].expand(3, -1)
+    assert model.starts() == [5, *later] and model.starts(spread=False)[0] == 0
+    passes = []
+    model.trunk.norm.register_forward_hook(lambda *_: passes.append(1))
+    found = model.rank(images).argsort(1, descending=True)
+    assert torch.equal(found[:, :5], first) and len(passes) == len(model.starts())
+    visible = torch.zeros(3, 16, dtype=torch.bool).scatter(1, first, True)
+    until = (later or [16])[0]
+    assert torch.equal(found[:, 5:until], model.picks(model.static(images), visible)[0][:, : until - 5])
+    for upto in (1, 5, 6, 16):
+        part = model.rank(images, upto=upto)
+        assert torch.equal(part.topk(upto).indices, found[:, :upto])
+        assert torch.equal(part.sort(1).values, model.rank(images).sort(1).values)
+    passes.clear()
+    model.rank(images, upto=5)
+    assert not passes
+    weights = torch.rand(3, 16)
+    assert torch.equal(model.rank(images, weights=weights), ranker_like(model, 0.0).rank(images, weights=weights))
+    with pytest.raises(CollapseError, match="spread_first must be in \\[0, 1\\), got 1"):
+        ranker(spread_first=1)
+
+
+def ranker_like(model: Ranker, spread_first: float) -> Ranker:
+    other = ranker(phases=model.phases, spread_first=spread_first)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_what_a_ranker_is_given_instead_of_its_own_stays_with_its_orders(tmp_path):
+    save_model(ranker(), tmp_path)
+    orderer, images = (
+        CollapseOrder.from_pretrained(str(tmp_path), phases=(0.0, 0.4), spread_first=0.2),
+        torch.rand(2, 3, 16, 16),
+    )
+    assert orderer.model.starts() == [3, 6] and torch.equal(orderer(images).scores, orderer.model.rank(images))
+    assert orderer.describe((4, 4)) == "phases (0.0, 0.4) spread_first 0.2"
+    assert CollapseOrder.from_pretrained(str(tmp_path)).describe((4, 4)) == ""
+    orderer.model.to("meta")
+    assert orderer(images).scores.shape == (2, 16) and orderer.model.starts() == [3, 6]
+    with pytest.raises(CollapseError, match="phases"):
+        CollapseOrder.from_pretrained("comae_tiny", phases=(0.0, 0.4))
 
 
 @pytest.mark.parametrize("cell", [1, 2])
@@ -200,9 +249,9 @@ def test_cost_at_224_px_is_within_the_budget(name, gmacs, launches):
     assert launches / 2 < count_launches(lambda: model.rank(images, upto=43)) <= launches
 
 
-@pytest.mark.parametrize("cell", [1, 2])
-def test_ranker_compiles_as_a_whole_and_orders_as_before(cell):
-    model, images = ranker(cell=cell), torch.randn(2, 3, 20, 20)
+@pytest.mark.parametrize("cell, spread_first", [(1, 0.0), (2, 0.2)])
+def test_ranker_compiles_as_a_whole_and_orders_as_before(cell, spread_first):
+    model, images = ranker(cell=cell, spread_first=spread_first), torch.randn(2, 3, 20, 20)
     compiled = torch.compile(model.rank, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(images), model.rank(images)) and torch.equal(compiled(images, 5), model.rank(images, 5))
 

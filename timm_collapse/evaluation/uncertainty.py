@@ -19,7 +19,12 @@ class UncertaintyCurve:
     Attributes:
         visible: (K,) numbers of visible patches, ascending from 0.
         error: (K,) mean L1 error of the hidden patches (data standard deviations).
-        entropy: (K,) mean entropy of the hidden patches, nats a feature, under the judge's Laplace likelihood.
+        entropy: (K,) mean entropy of the hidden patches, nats a feature, under the judge's Laplace likelihood: what it
+            believes.
+        cross_entropy: (K,) mean negative log-likelihood of the hidden patches, nats a feature, under the same: what
+            they really cost. The two are equal where the judge's belief is right, as for sets that do not depend on
+            the image. It takes every visible set for such a sample: where an order showed what is hard first, it
+            believes that the rest is as hard, and where it showed what is easy, that all is easy.
         num_patches: N.
         per_image: (K, images) errors, for paired comparisons.
     """
@@ -27,6 +32,7 @@ class UncertaintyCurve:
     visible: Tensor
     error: Tensor
     entropy: Tensor
+    cross_entropy: Tensor
     num_patches: int
     per_image: Tensor
 
@@ -43,8 +49,12 @@ class UncertaintyCurve:
     @property
     def entropy_area(self) -> float:
         """Mean over k of the summed entropy of the hidden patches a patch of the image (the paper's Definition 1)."""
-        hidden = 1.0 - self.visible / self.num_patches
-        return _area(self.visible, self.entropy * hidden)
+        return _area(self.visible, self.entropy * (1.0 - self.visible / self.num_patches))
+
+    @property
+    def cross_entropy_area(self) -> float:
+        """The same of the cross-entropy."""
+        return _area(self.visible, self.cross_entropy * (1.0 - self.visible / self.num_patches))
 
     @property
     def areas(self) -> Tensor:
@@ -99,17 +109,22 @@ def uncertainty_curve(
     visible = list(range(n)) if visible is None else visible
     if not all(0 <= k < n for k in visible) or sorted(set(visible)) != list(visible):
         raise CollapseError(f"visible: must ascend within [0, {n - 1}], got {visible}")
-    errors, entropies = torch.empty(len(visible), len(images)), torch.empty(len(visible), len(images))
+    errors, entropies, costs = torch.empty(3, len(visible), len(images))
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         tokens, indices = judge.tokenizer(images[part]), order.indices[part]
         for i, k in enumerate(visible):
             out = judge.reconstruct(tokens, indices[:, :k].sort(1).values, grid)
             hidden = indices[:, k:]
-            errors[i, part] = (out.tokens - tokens).abs().mean(-1).gather(1, hidden).mean(1).cpu()
-            # entropy of a Laplace distribution of scale b: 1 + log 2b
-            entropies[i, part] = (1 + math.log(2) + out.log_scale.gather(1, hidden)).mean(1).cpu()
-    return UncertaintyCurve(torch.tensor(visible), errors.mean(1), entropies.mean(1), n, errors)
+            error = (out.tokens - tokens).abs().mean(-1).gather(1, hidden)
+            log_scale = out.log_scale.gather(1, hidden)
+            errors[i, part] = error.mean(1).cpu()
+            # of a Laplace distribution of scale b: 1 + log 2b, and error / b + log 2b
+            entropies[i, part] = (1 + math.log(2) + log_scale).mean(1).cpu()
+            costs[i, part] = (error * (-log_scale).exp() + math.log(2) + log_scale).mean(1).cpu()
+    return UncertaintyCurve(
+        torch.tensor(visible), errors.mean(1), entropies.mean(1), costs.mean(1), num_patches=n, per_image=errors
+    )
 
 
 @torch.no_grad()

@@ -40,8 +40,8 @@ class Imitation:
             visible (B, N), None, and errors (B, 1 + N, N), for `Ranker.forward`.
         """
         b, n = images.shape[0], learner.num_patches
-        phases = torch.tensor(learner.phases, device=images.device)
-        starts = phases[(random.rand(b) * len(phases)).long()] * n * (0.75 + 0.5 * random.rand(b))
+        starts = torch.tensor(learner.starts(), device=images.device)
+        starts = starts[(random.rand(b) * len(starts)).long()] * (0.75 + 0.5 * random.rand(b))
         scores = learner.rank(images, upto=max(1, int(starts.max()))) if own else random.rand(b, n)
         visible = scores.argsort(1, descending=True).argsort(1) < starts.round().unsqueeze(1)
         return visible, None, single_errors(*self.teacher.factors(self.teacher.static(images), visible))

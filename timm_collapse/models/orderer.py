@@ -34,6 +34,8 @@ from .tokenizer import resize_images
 
 EVIDENCE, BETAS = ("errors", "weights"), ("even", "errors", "scale")
 """What the dependency graph of a CoMAE is made of, and what says how much there is to know about each patch."""
+OF_RANKERS = ("phases", "spread_first")
+"""Arguments of a ranker that `from_pretrained` takes."""
 
 
 class CollapseOrder(nn.Module):
@@ -63,7 +65,8 @@ class CollapseOrder(nn.Module):
 
     Attributes:
         model: The network; None for a baseline. baseline_name: The baseline's; None for a network.
-        source: The name that `from_pretrained` found it by; None: it was made otherwise.
+        source: The name that `from_pretrained` found it by; None: it was made otherwise. given: What that was given for
+            the network, see there.
         mean, std: Normalisation of the images, per channel, as tuples.
         grid: Patch grid (h, w) in which the scores are made; None for a baseline, which scores any grid.
     """
@@ -80,7 +83,7 @@ class CollapseOrder(nn.Module):
         beta: str = "even",
     ):
         super().__init__()
-        self.training, self.source = False, None
+        self.training, self.source, self.given = False, None, {}
         ranking = ranking or ("pagerank" if refine else "coverage")
         evidence = evidence or ("weights" if refine else "errors")
         if ranking not in RANKINGS:
@@ -141,7 +144,8 @@ class CollapseOrder(nn.Module):
         Args:
             name: A registered model with weights ("collapse_ranker_tiny"), a local folder ("runs/ranker" or
                 "local-dir:runs/ranker"), or a Hub id ("me/my-ranker" or "hf-hub:me/my-ranker").
-            kwargs: For `CollapseOrder`: ranking, damping, spread, refine, evidence, beta.
+            kwargs: For `CollapseOrder`: ranking, damping, spread, refine, evidence, beta. For a `Ranker`, instead of
+                its own: phases, spread_first.
 
         Raises:
             CollapseError: Nothing of that name, or a model that makes no order.
@@ -162,11 +166,12 @@ class CollapseOrder(nn.Module):
             raise CollapseError(
                 f"name: {name!r} is neither a registered model, a folder, nor a Hub id; bundled: {', '.join(known)}"
             )
+        given = {name: kwargs.pop(name) for name in OF_RANKERS if name in kwargs}
         # on the CPU: whoever builds the model around it on no device still gets its weights
         with loading(f"name: {name!r}"), torch.device("cpu"):
-            model = timm.create_model(source, pretrained=True)
+            model = timm.create_model(source, pretrained=True, **given)
         orderer = cls(model, **{**saved, **kwargs})
-        orderer.source = name
+        orderer.source, orderer.given = name, given
         return orderer
 
     def forward(
@@ -315,7 +320,8 @@ class CollapseOrder(nn.Module):
     def _load_again(self) -> bool:
         """Whether weights that were built on the meta device could be had."""
         if self.source is not None:
-            self.model = type(self).from_pretrained(self.source).model.to(next(self.model.parameters()).dtype)
+            again = type(self).from_pretrained(self.source, **self.given)
+            self.model = again.model.to(next(self.model.parameters()).dtype)
         return not next(self.model.parameters()).is_meta
 
     def _apply(self, fn, recurse: bool = True):
@@ -333,7 +339,7 @@ class CollapseOrder(nn.Module):
 
     def describe(self, grid: tuple[int, int]) -> str:
         """What decides the orders on a grid beside the network's weights, in words; empty where nothing does."""
-        words = ""
+        words = "".join(f" {name} {value}" for name, value in self.given.items())
         if self.baseline_name == "random":
             words = f" seed {(self.generator or torch).initial_seed()}"
         elif isinstance(self.model, CoMAE):

@@ -26,6 +26,7 @@ from ..order import (
 )
 from ..order.constants import constant
 from ..order.precision import without_autocast
+from ..order.spread import bayer_ranks
 from .registry import build, pixel_cfg
 from .tokenizer import patchify, resize_images
 from .transformer import PlainTransformer, Transformer, border_distances, init_weights
@@ -51,6 +52,8 @@ class Ranker(nn.Module):
             all of its cell^2 patches, so that there are fewer tokens, at learned positions: far fewer operations.
         rounds: Of `parallel_picks`, in each phase.
         neighbours: Strength of the `neighbour_kernel` that orders are made with, in [0, 1).
+        spread_first: Share of the patches, in [0, 1), that come first, by a Bayer spread: before much is visible a
+            spread tells most, and costs nothing. Phases that would start before its end are left out, one starts there.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Ranker(nn.Module):
         cell: int = 1,
         rounds: int = 3,
         neighbours: float = 0.3,
+        spread_first: float = 0.0,
     ):
         super().__init__()
         check_phases(phases)
@@ -78,6 +82,9 @@ class Ranker(nn.Module):
         self.num_patches = self.grid[0] * self.grid[1]
         self.neighbours = neighbours
         neighbour_kernel(self.grid, neighbours)  # checks
+        if not 0 <= spread_first < 1:
+            raise CollapseError(f"spread_first must be in [0, 1), got {spread_first}")
+        self.spread_first = spread_first
         self.cell = cell
         self.embed = nn.Linear(3 * (cell * patch_size) ** 2, dim)
         if cell == 1:
@@ -214,6 +221,19 @@ class Ranker(nn.Module):
         factors = self.factors(static, visible)
         return parallel_picks(*factors, visible, self.rounds, weights, self.kernel, candidates)
 
+    def starts(self, phases: tuple[float, ...] | None = None, spread: bool = True) -> list[int]:
+        """How many patches are visible where each phase starts.
+
+        Args:
+            phases: Other phases than the model's own.
+            spread: After those that come by a spread.
+        """
+        if phases is not None:
+            check_phases(phases)
+        first = round(self.spread_first * self.num_patches) if spread else 0
+        starts = [round(share * self.num_patches) for share in (self.phases if phases is None else phases)]
+        return [first, *(start for start in starts[1:] if start > first)]
+
     @torch.no_grad()
     def rank(
         self,
@@ -228,18 +248,19 @@ class Ranker(nn.Module):
             images: (B, C, H, W), normalised; any size.
             upto: Only the first `upto` places are needed: later phases are saved, the rest follows by its last gain.
             phases: Other phases than the model's own.
-            weights: (B, N), see `parallel_picks`.
+            weights: (B, N), see `parallel_picks`. With them no patches come by a spread.
         """
         check_images(images, values=False)
         n = self.num_patches
         shape = images.shape[0], n
         upto = n if upto is None else min(upto, n)
-        if phases is not None:
-            check_phases(phases)
-        starts = [round(share * n) for share in (self.phases if phases is None else phases)]
+        starts = self.starts(phases, spread=weights is None)
         stops = [*starts[1:], upto]
         static = self.static(images)
         picks, visible, rest = [], None, ()
+        if starts[0]:
+            spread = constant(_spread_indices, self.grid, device=images.device).expand(shape)
+            picks, rest = [spread[:, : min(starts[0], upto)]], (spread[:, min(starts[0], upto) :],)
         for start, stop in zip(starts, stops):
             if min(stop, upto) <= start:  # a small grid, or beyond `upto`
                 continue
@@ -255,6 +276,10 @@ class Ranker(nn.Module):
         scores = torch.linspace(1.0, 1.0 / n, n, device=images.device)
         scores = scores.expand(shape)
         return torch.empty_like(scores).scatter(1, torch.cat([*picks, *rest], 1), scores)
+
+
+def _spread_indices(grid: tuple[int, int]) -> Tensor:
+    return bayer_ranks(grid).argsort()
 
 
 def _imitation_losses(predicted: Tensor, errors: Tensor, hidden: Tensor) -> dict[str, Tensor]:
