@@ -58,6 +58,16 @@ def mean_of_cells(values: Tensor, grid: tuple[int, int], cells: tuple[int, int])
     return torch.einsum("bw,nawd->nabd", columns, values).flatten(1, 2)
 
 
+def sum_of_cells(values: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """For each patch the sum of its cells' values, by the shares of it that they have: (B, c, D) -> (B, N, D)."""
+    rows, columns = (
+        constant(axis_weights, new, old, device=values.device).to(values.dtype) * (old / new)
+        for new, old in zip(cells, grid, strict=True)
+    )
+    values = torch.einsum("ah,nabd->nhbd", rows, values.unflatten(1, cells))
+    return torch.einsum("bw,nhbd->nhwd", columns, values).flatten(1, 2)
+
+
 def cell_of_patches(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """(1, N) long: the cell that has most of each patch, the first of several."""
     row, column = (axis_weights(new, old).argmax(0) for new, old in zip(cells, grid, strict=True))

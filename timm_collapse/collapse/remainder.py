@@ -15,7 +15,7 @@ from ..models.tokenizer import resize_images
 from ..models.transformer import gather_tokens
 from ..order import Order
 from ..order.constants import constant
-from .cells import cell_centres, cell_of_patches, coarse_grid, mean_of_cells
+from .cells import cell_centres, cell_of_patches, coarse_grid, mean_of_cells, sum_of_cells
 from .pyramid import choose_leaves, count_leaves, cover_of_leaves, plan_splits, pyramid_shapes, split_shapes
 from .selection import Selection
 
@@ -64,8 +64,8 @@ class Plan:
         return Selection(order.first(self.places), self.grid)
 
     def detailed(self, order: Order) -> Tensor:
-        """(B, N) bool: the patches that are seen at the finest resolution."""
-        return order.ranks < self.places  # not `mask`: 1 would be all of them
+        """(B, N), in [0, 1]: the share of each patch that is seen at the finest resolution."""
+        return (order.ranks < self.places).float()
 
     def with_cells(self, first: Selection, tokens: Tensor, cells: tuple[int, int]) -> Selection:
         """A selection whose extra tokens are the cells of a coarse grid."""
@@ -157,8 +157,8 @@ class Mixed(Plan):
     def detailed(self, order: Order) -> Tensor:
         fine = choose_leaves(order, self.shapes, self.splits)[0]
         h, w = self.shapes[0]
-        cells = torch.zeros(len(fine), h * w, dtype=torch.bool, device=fine.device).scatter(1, fine, 1)
-        return cells[:, constant(cell_of_patches, self.grid, (h, w), device=fine.device)[0]]
+        cells = torch.zeros(len(fine), h * w, device=fine.device).scatter(1, fine, 1.0)
+        return sum_of_cells(cells.unsqueeze(2), self.grid, (h, w)).squeeze(2)
 
     def cover(self, leaves: list[Tensor]) -> Tensor:
         """(B, N) long: the extra token that stands for each patch."""

@@ -60,7 +60,8 @@ class FeatureLesson:
             policy_images: The same images, normalised for the ranker.
 
         Returns:
-            visible (B, N), revealed (B, sets, N) bool, and errors (B, sets), for `Ranker.forward`.
+            visible (B, N) bool, revealed (B, sets, N), 1 where revealed and the share of patches that are so in part,
+            and errors (B, sets), for `Ranker.forward`.
         """
         vit, b = self.vit, len(images)
         grid = vit.image_grid(images)

@@ -46,7 +46,7 @@ class Ranker(nn.Module):
         patch_size: Patch side in pixels at that size.
         dim, depth: Width and blocks of the transformer.
         static_depth: Blocks that run before the network is told what is visible: later phases reuse their result.
-        rank: Number r of latent factors.
+        rank: Number r of latent factors. 0: patches are independent, and the order is that of their deviations.
         phases: Shares of the patches, ascending from 0, at which the factors are predicted anew, given what is visible.
         cell: Side, in patches, of what one token stands for. 1: one patch, at a rotary position. More: a token predicts
             all of its cell^2 patches, so that there are fewer tokens, at learned positions: far fewer operations.
@@ -101,7 +101,8 @@ class Ranker(nn.Module):
         init_weights(self)
         with torch.no_grad():
             loadings, noise_bias = self._loadings_and_noise_bias()
-            nn.init.trunc_normal_(loadings, std=0.08 / dim**0.5 * 32**0.5 / rank**0.5)  # errors start at about .5
+            std = 0.08 * (32 / dim / max(1, rank)) ** 0.5  # errors start at about .5
+            nn.init.trunc_normal_(loadings, std=std)
             noise_bias.fill_(-2.0)
 
     @property
@@ -164,7 +165,7 @@ class Ranker(nn.Module):
             images: (B, C, H, W), normalised.
             visible: (B, N) bool: the set that the network is told of.
             revealed: (B, C, N) bool: sets that contain it; revealed[:, 0] is the visible set itself. None: the visible
-                set, and with each one patch more, C = 1 + N.
+                set, and with each one patch more, C = 1 + N. With one error a set also shares of patches, in [0, 1].
             errors: (B, C, N): the errors that the teacher leaves after each set, 0 where revealed; or (B, C): one
                 error for each of C sets of equal size (`FeatureLesson`).
 
@@ -177,7 +178,7 @@ class Ranker(nn.Module):
         if revealed is None:
             return _imitation_losses(single_errors(loadings, noise), errors, ~visible)
         hidden = ~visible.unsqueeze(1)
-        predicted = expected_errors(loadings, noise, revealed & hidden) * hidden
+        predicted = expected_errors(loadings, noise, revealed * hidden) * hidden
         if errors.ndim == 2:
             return _set_losses(predicted.mean(-1), errors)
         hidden = ~revealed

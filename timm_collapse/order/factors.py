@@ -21,7 +21,7 @@ def expected_errors(loadings: Tensor, noise: Tensor, revealed: Tensor) -> Tensor
     Args:
         loadings: (B, N, r), g.
         noise: (B, N), d > 0.
-        revealed: (B, C, N) bool: C sets per image.
+        revealed: (B, C, N) bool: C sets per image; or the shares of patches that are revealed, in [0, 1].
 
     Returns:
         (B, C, N), 0 where revealed. Differentiable.
