@@ -184,7 +184,7 @@ def oracle_text(args, judge, images, orders, curves, visible, numbers) -> str:
     few = images[chosen]
     oracle = Order.cat([greedy_oracle(judge, image) for image in tqdm(few.split(1), desc="oracle")])
     randoms = [f"random {seed}" for seed in range(args.random_seeds)]
-    names = [*randoms, "bayer", "halton", "variance", "gradient", "ranker"]
+    names = [*randoms, "bayer", "halton", "variance", "centre_variance", "gradient", "ranker"]
     area = {name: measure(judge, few, orders[name][chosen], visible).area for name in names if name in orders}
     base = sum(area.pop(name) for name in randoms) / len(randoms)
     area["greedy oracle"] = measure(judge, few, oracle, visible).area

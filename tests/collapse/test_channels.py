@@ -7,6 +7,7 @@ import transformers
 
 from timm_collapse import CollapseError, CollapseOrder, Order, collapse
 from timm_collapse.models.normalisation import Normalisation
+from timm_collapse.order import BASELINES
 
 TINY = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 RANKER = {"img_size": 16, "patch_size": 4, "dim": 32, "depth": 1, "rank": 8, "phases": (0.0, 0.25)}
@@ -23,7 +24,7 @@ def orderer():
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-@pytest.mark.parametrize("name", ["random", "raster", "centre", "halton", "bayer", "variance", "gradient"])
+@pytest.mark.parametrize("name", list(BASELINES))
 def test_baselines_order_images_of_any_channels(name, channels):
     images = torch.randn(2, channels, 64, 64)
     model = collapse(vit(in_chans=channels), name, keep=0.25, remainder="none")

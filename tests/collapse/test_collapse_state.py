@@ -192,7 +192,7 @@ def test_random_orders_differ_in_workers_and_epochs_and_repeat_with_the_seed():
 
 def test_channels():
     images, ranker = torch.randn(2, 4, 64, 64), CollapseOrder.from_pretrained(RANKER)
-    for name in ("random", "raster", "bayer", "variance", "gradient"):
+    for name in ("random", "raster", "bayer", "variance", "centre_variance", "gradient"):
         order = CollapseOrder.baseline(name)
         assert not order.needs_colour and all(len(order(images[:, :c], (8, 8))) == 2 for c in (1, 4))
     for orderer in (ranker, CollapseOrder.from_pretrained("comae_tiny")):

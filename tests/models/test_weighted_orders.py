@@ -57,7 +57,7 @@ def test_on_photos_most_of_what_is_kept_is_where_the_weights_are():
     assert (before < 0.7).all() and (after > 0.8).all()
 
 
-@pytest.mark.parametrize("name", ["variance", "gradient"])
+@pytest.mark.parametrize("name", ["variance", "centre_variance", "gradient"])
 def test_baselines_of_content_are_multiplied(images, name):
     orderer, weights = CollapseOrder.baseline(name), torch.rand(4, 16)
     expected = orderer(images, (4, 4)).scores * (weights / weights.amax(1, keepdim=True))

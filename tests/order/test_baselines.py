@@ -80,6 +80,16 @@ def test_variance_is_never_negative():
     assert (scores >= 0).all() and scores.max() < 8 * rounding
 
 
+def test_centre_variance_against_loops():
+    images = images_of(2, 12, 30)
+    variances = baseline_scores("variance", images, (3, 5))
+    scores = baseline_scores("centre_variance", images, (3, 5))
+    for n in range(15):
+        down, right = (n // 5 - 1) / 3, (n % 5 - 2) / 5  # from the centre, in sides of the image
+        weight = math.exp(-(down**2 + right**2) / (2 * 0.375**2))
+        torch.testing.assert_close(scores[:, n], variances[:, n].sqrt() * weight)
+
+
 def test_gradient_against_loops():
     image = images_of(1, 6, 4)
     magnitude = torch.zeros(6, 4)
@@ -101,7 +111,7 @@ def test_gradient_sees_the_finest_texture():
 
 
 def test_errors():
-    with pytest.raises(CollapseError, match="random, raster, centre, halton, bayer, variance, gradient, got 'center'"):
+    with pytest.raises(CollapseError, match="random, raster, .*, centre_variance, gradient, got 'center'"):
         baseline_scores("center", images_of(), (2, 2))
     with pytest.raises(CollapseError, match="uint8.*normalise"):
         baseline_scores("random", torch.zeros(1, 3, 8, 8, dtype=torch.uint8), (2, 2))

@@ -20,8 +20,8 @@ def baseline_scores(name: str, images: Tensor, grid: Sequence[int], generator: t
 
     Args:
         name: One of BASELINES.
-        images: (B, C, H, W) floating point and finite, any number of channels; their values matter to "variance" and
-            "gradient" only.
+        images: (B, C, H, W) floating point and finite, any number of channels; their values matter to "variance",
+            "centre_variance" and "gradient" only.
         grid: Rows and columns of patches (h, w). Where they do not divide H and W, patches are widened to whole pixels.
         generator: The source of randomness of "random", on any device; torch's own by default.
 
@@ -73,6 +73,11 @@ def _variance(images: Tensor, grid: tuple[int, int], generator: torch.Generator 
     return (square - mean.square()).clamp_min(0).flatten(1)
 
 
+def _centre_variance(images: Tensor, grid: tuple[int, int], generator: torch.Generator | None) -> Tensor:
+    """Standard deviation of a patch times how near the centre it lies: people photograph what they mean there."""
+    return _variance(images, grid, generator).sqrt() * constant(_centre_weights, grid, device=images.device)
+
+
 def _gradient(images: Tensor, grid: tuple[int, int], generator: torch.Generator | None) -> Tensor:
     """Mean magnitude of the gradient over the pixels and channels of a patch, by differences to the next pixel.
 
@@ -81,6 +86,12 @@ def _gradient(images: Tensor, grid: tuple[int, int], generator: torch.Generator 
     padded = F.pad(images.float(), (0, 1, 0, 1), mode="replicate")
     magnitude = torch.hypot(padded.diff(dim=3)[:, :, :-1], padded.diff(dim=2)[:, :, :, :-1])
     return F.adaptive_avg_pool2d(magnitude.mean(dim=1, keepdim=True), grid).flatten(1)
+
+
+def _centre_weights(grid: tuple[int, int]) -> Tensor:
+    """(N,): a Gaussian about the centre, with a deviation of 3/8 of each side."""
+    y, x = ((2 * torch.arange(side) + 1 - side) / side for side in grid)  # in (-1, 1)
+    return torch.exp((y[:, None].square() + x.square()) / (-2 * 0.75**2)).flatten()
 
 
 def _raster_ranks(grid: tuple[int, int]) -> Tensor:
@@ -104,8 +115,9 @@ BASELINES: dict[str, Baseline] = {
     "halton": _halton,
     "bayer": _bayer,
     "variance": _variance,
+    "centre_variance": _centre_variance,
     "gradient": _gradient,
 }
 
-UNCERTAINTIES = ("variance", "gradient")
+UNCERTAINTIES = ("variance", "centre_variance", "gradient")
 """The baselines whose scores are a property of the patch itself, at least 0, which weights can multiply."""
