@@ -132,9 +132,10 @@ def main() -> None:
     write_section(
         f"orders_{args.name}", f"Orders: {args.name}", "\n\n".join(text), {"visible": visible, "orders": numbers}
     )
-    shown = {"random": random[0], **{n: c for n, c in curves.items() if "another" not in n and "mean map" not in n}}
-    figure = plot_uncertainty({n: c.error.numpy() for n, c in shown.items()}, visible=visible)
-    save(figure, Path("docs") / f"orders_{args.name}.png")
+    if len(rankers) == 1:
+        shown = {"random": random[0], **{n: c for n, c in curves.items() if "another" not in n and "mean map" not in n}}
+        figure = plot_uncertainty({n: c.error.numpy() for n, c in shown.items()}, visible=visible)
+        save(figure, Path("docs") / f"orders_{args.name}.png")
     print("\n\n".join(text))
 
 
