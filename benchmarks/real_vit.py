@@ -147,30 +147,30 @@ class Bench:
             )
         return self.twins[known]
 
-    def order(self, name: str, budget: int) -> Order:
-        """The order of all images, made as a model of this budget makes it."""
+    def order(self, name: str, places: int) -> Order:
+        """The order of all images, of which so many first places are asked for."""
         if name.split(":")[0] in (*OWN_ORDERS, *BASELINES) or name.startswith("random "):
-            budget = self.grid[0] * self.grid[1]  # these are the same for all
-        if (key := (name, budget)) not in self.orders:
-            scores = self.cached(f"order_{name}_{budget}", lambda: self.make_order(name, budget).scores)
+            places = self.grid[0] * self.grid[1]  # these are the same for all
+        if (key := (name, places)) not in self.orders:
+            scores = self.cached(f"order_{name}_{places}", lambda: self.make_order(name, places).scores)
             self.orders[key] = Order(scores, self.grid)
         return self.orders[key]
 
-    def make_order(self, name: str, budget: int) -> Order:
+    def make_order(self, name: str, places: int) -> Order:
         """As `order`, made now."""
         base, _, control = name.partition(":")
         if control:
             if control not in CONTROLS:
                 raise CollapseError(f"orders: a control must be one of {', '.join(CONTROLS)}, got {control!r}")
-            order = self.order(base, self.grid[0] * self.grid[1] if control == "reversed" else budget)
+            order = self.order(base, self.grid[0] * self.grid[1] if control == "reversed" else places)
             return order.reversed() if control == "reversed" else order[torch.arange(len(order)).roll(1)]
         if base.startswith("random "):
             return CollapseOrder.baseline("random", seed=int(base.split()[1]))(self.images, self.grid)
         parts = tqdm(self.images.split(self.args.batch_size), desc=base, leave=False)
         with torch.no_grad(), autocast(self.images.device, self.args.precision):
             if base in OWN_ORDERS:
-                return Order.cat([OWN_ORDERS[base](self.vit, part, budget) for part in parts])
-            return Order.cat([self.twin(base).compute_order(part, upto=budget) for part in parts])
+                return Order.cat([OWN_ORDERS[base](self.vit, part, places) for part in parts])
+            return Order.cat([self.twin(base).compute_order(part, upto=places) for part in parts])
 
     def set_up(self, cell: Cell):
         """The collapsed model of a cell."""
@@ -209,7 +209,9 @@ class Bench:
                 features = self.run(self.downscaled(side), self.images, name=key)
                 self.keep(key, self.score(self.classify(features), side * side))
         for cell in tqdm([cell for cell in cells_of(self.args) if cell.key not in self.found], desc="cells"):
-            features = self.run(self.set_up(cell), self.images, self.order(cell.order, cell.budget), cell.key)
+            model = self.set_up(cell)
+            order = self.order(cell.order, max(1, model.plan(cell.budget, self.grid).places))
+            features = self.run(model, self.images, order, cell.key)
             self.keep(cell.key, self.score(self.classify(features), cell.budget))
 
     def time(self) -> None:

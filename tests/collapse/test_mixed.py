@@ -118,6 +118,11 @@ def test_detailed_patches_are_those_of_the_smallest_cells(remainder, keep):
         assert torch.allclose(detailed[image], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep, places", [(17, 56), (40, 56), (64, 64), (250, 250)])
+def test_cells_go_by_a_fifth_of_the_order_at_least(keep, places):
+    assert collapse(vit(), "bayer", keep=keep, remainder="split").plan(keep, (16, 16)).places == places
+
+
 def test_early_regions_are_fine():
     scores = torch.zeros(1, 16, 16)
     scores[0, 4:8, 8:12] = 1

@@ -24,6 +24,9 @@ REMAINDERS = ("none", "fused", "coarse", "mixed", "split")
 DEFAULT_REMAINDER = ("split", 0.5)
 """With its area bias: the best of them on a frozen ViT at 12% to 50% of the tokens (docs/results.md, real_vit)."""
 
+LEAST_PLACES = 0.22
+"""Share of the patches whose places tell which cells to split: an order may begin with a spread, which tells nothing."""
+
 Embed = Callable[[Tensor], Tensor]
 """(B, C, h p, w q) -> (B, h w, D): patch embedding of images of any size, without positions."""
 Positions = Callable[[], Tensor | None]
@@ -132,7 +135,8 @@ class Mixed(Plan):
         areas = (grid[0] * grid[1] / (h * w) for h, w in self.shapes)
         self.sizes = tuple(zip(counts, areas, strict=True))[self.first :]
         # cells go by the mean rank of all their patches; where patches that come late would stand is worth a guess
-        self.places = min(budget, grid[0] * grid[1]) if self.splits[-1] else 0
+        n = grid[0] * grid[1]
+        self.places = min(max(budget, round(LEAST_PLACES * n)), n) if self.splits[-1] else 0
 
     @staticmethod
     def levels(budget: int, grid: tuple[int, int], share: float) -> list[tuple[int, int]]:
