@@ -25,7 +25,7 @@ DEFAULT_REMAINDER = ("split", 0.5)
 """With its area bias: the best of them on a frozen ViT at 12% to 50% of the tokens (docs/results.md, real_vit)."""
 
 LEAST_PLACES = 0.22
-"""Share of the patches whose places tell which cells to split: an order may begin with a spread, which tells nothing."""
+"""Share of the patches whose places tell which cells to split: an order may begin with a spread, which says little."""
 
 Embed = Callable[[Tensor], Tensor]
 """(B, C, h p, w q) -> (B, h w, D): patch embedding of images of any size, without positions."""
