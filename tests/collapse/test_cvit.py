@@ -42,6 +42,21 @@ def test_parameters_are_those_of_the_base(name):
     assert cvit.forward_features(images).shape[1] == vit.num_prefix_tokens + 8
 
 
+def test_cells_and_patches_have_their_own_orderers():
+    def source(name, **kwargs):
+        shape = {**SHAPE, "img_size": 64} if "64" not in name and "32" not in name else SHAPE
+        return timm.create_model(name, **shape, **kwargs).orderer.source
+
+    assert source("cvit_base_patch16") == source("cvit_tiny_patch16") == "collapse_ranker_cells_224"
+    assert source("cvit_base_patch16", remainder="mixed") == "collapse_ranker_cells_224"
+    assert source("cvit_base_patch16", remainder="none") == "collapse_ranker_tiny_224"
+    assert source("cvit_base_patch16", remainder="coarse") == "collapse_ranker_tiny_224"
+    assert source("cvit_small_patch16", remainder="none") == "collapse_ranker_nano_224"
+    assert source("cvit_base_patch16", orderer="collapse_ranker_nano_224") == "collapse_ranker_nano_224"
+    for remainder in ("none", "split"):
+        assert source("cvit_tiny_patch8_64", remainder=remainder) == "collapse_ranker_tiny.tin100_features"
+
+
 def test_what_is_not_given_is_what_is_best_frozen():
     def settings(model):
         return model.keep, model.remainder, model.coarse_share, model.area_bias

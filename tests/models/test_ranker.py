@@ -240,7 +240,7 @@ def test_it_learns_which_patches_matter(cell):
     assert (model.eval().rank(images).argmax(1) == where).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("name, gmacs, launches", [("tiny", 0.13, 250), ("nano", 0.06, 120)])
+@pytest.mark.parametrize("name, gmacs, launches", [("tiny", 0.13, 250), ("nano", 0.06, 120), ("cells", 0.06, 60)])
 def test_cost_at_224_px_is_within_the_budget(name, gmacs, launches):
     """Of the first 22%; on a GPU the launches count, not the multiply-accumulates."""
     model = timm.create_model(f"collapse_ranker_{name}_224").eval()
@@ -383,3 +383,24 @@ def test_random_baseline_is_seeded():
     first, second = (CollapseOrder.baseline("random", seed=3) for _ in range(2))
     assert torch.equal(first(images, (4, 4)).ranks, second(images, (4, 4)).ranks)
     assert not torch.equal(first(images, (4, 4)).ranks, first(images, (4, 4)).ranks[[1, 0]])
+
+
+@torch.no_grad()
+def test_without_factors_the_order_is_that_of_the_deviations():
+    torch.manual_seed(0)
+    plain = Ranker(img_size=32, patch_size=8, dim=32, depth=1, rank=0, phases=(0.0,), neighbours=0.0)
+    images, weights = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
+    deviation = plain.factors(plain.static(images))[1].sqrt()
+    assert torch.equal(plain.rank(images).argsort(1, descending=True), deviation.argsort(1, descending=True))
+    weighted = plain.rank(images, weights=weights).argsort(1, descending=True)
+    assert torch.equal(weighted, (deviation * weights).argsort(1, descending=True))
+    static, visible = plain.static(images), torch.rand(3, 16) < 0.3
+    loadings, noise = plain.factors(static, visible)
+    for mask, w in ((None, None), (visible, None), (visible, weights)):
+        known = noise if mask is not None else plain.factors(static)[1]
+        slow = torch.cat(parallel_picks(loadings, known, mask, weights=w), 1)
+        for candidates in (None, 6):
+            picks = plain.picks(static, mask, w, candidates)
+            assert picks[0].shape[1] == (candidates or 16)
+            hidden = 16 if mask is None else int((~mask).sum(1).min())
+            assert torch.equal(torch.cat(picks, 1)[:, :hidden], slow[:, :hidden])

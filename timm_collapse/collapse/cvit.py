@@ -78,6 +78,7 @@ def _cvit(
     kwargs: dict[str, Any],
     base: str = "",
     orderer: str = "collapse_ranker_tiny_224",
+    cells_orderer: str = "collapse_ranker_cells_224",
     keep: float | int = 0.22,
     remainder: str | None = None,
     coarse_share: float = 0.5,
@@ -92,11 +93,14 @@ def _cvit(
         kwargs: The caller's arguments: those of `collapse` and of the base architecture.
         base: The timm architecture; empty takes that of BASES.
         orderer, keep, remainder, coarse_share, area_bias: Defaults of `collapse`'s arguments.
+        cells_orderer: Default of the orderer where the order decides on cells.
         shape: Defaults of the base's arguments.
     """
-    options = {"orderer": orderer, "keep": keep, "remainder": remainder}
+    options = {"orderer": None, "keep": keep, "remainder": remainder}
     options |= {"coarse_share": coarse_share, "area_bias": area_bias}
     options = {key: kwargs.pop(key, value) for key, value in options.items()}
+    if options["orderer"] is None:
+        options["orderer"] = cells_orderer if options["remainder"] in (None, "mixed", "split") else orderer
     cfg = take_pretrained_cfg(name, kwargs)
     source = local_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else cfg
     reference = options["orderer"]
@@ -228,4 +232,4 @@ def cvit_tiny_patch4_32(pretrained: bool = False, **kwargs) -> nn.Module:
 def _small(name: str, pretrained: bool, kwargs: dict[str, Any], orderer: str, **shape: Any) -> nn.Module:
     """`vit_tiny_patch16_224` at half its depth, for small images; trained on the first patches alone."""
     shape |= {"remainder": "none", "depth": 6}
-    return _cvit(name, pretrained, kwargs, base="vit_tiny_patch16_224", orderer=orderer, **shape)
+    return _cvit(name, pretrained, kwargs, base="vit_tiny_patch16_224", orderer=orderer, cells_orderer=orderer, **shape)

@@ -26,6 +26,7 @@ from ..order import (
 )
 from ..order.constants import constant
 from ..order.precision import without_autocast
+from ..order.sorting import stable_argsort
 from ..order.spread import bayer_ranks
 from .registry import build, pixel_cfg
 from .tokenizer import patchify, resize_images
@@ -219,8 +220,12 @@ class Ranker(nn.Module):
             visible: (B, N) bool; None: nothing is.
             weights, candidates: See `parallel_picks`, also for what is returned.
         """
-        factors = self.factors(static, visible)
-        return parallel_picks(*factors, visible, self.rounds, weights, self.kernel, candidates)
+        loadings, noise = self.factors(static, visible)
+        if self.num_factors or self.neighbours:
+            return parallel_picks(loadings, noise, visible, self.rounds, weights, self.kernel, candidates)
+        worth = noise.sqrt() if weights is None else noise.sqrt() * weights  # no patch tells anything of another
+        order = stable_argsort(worth if visible is None else worth.masked_fill(visible, -1.0), descending=True)
+        return order[:, :candidates], order[:, noise.shape[1] if candidates is None else candidates :]
 
     def starts(self, phases: tuple[float, ...] | None = None, spread: bool = True) -> list[int]:
         """How many patches are visible where each phase starts.
@@ -322,6 +327,7 @@ default_cfgs = generate_default_cfgs(
         "collapse_ranker_tiny.cifar10_features": pixel_cfg("collapse_ranker_tiny.cifar10_features"),
         "collapse_ranker_tiny_224.photos": pixel_cfg("collapse_ranker_tiny_224.photos", img_size=224),
         "collapse_ranker_nano_224.photos": pixel_cfg("collapse_ranker_nano_224.photos", img_size=224),
+        "collapse_ranker_cells_224.photos": pixel_cfg("collapse_ranker_cells_224.photos", img_size=224),
         "collapse_ranker_tiny_224_rerun.photos": pixel_cfg("collapse_ranker_tiny_224_rerun.photos", img_size=224),
     }
 )
@@ -354,6 +360,17 @@ def collapse_ranker_nano_224(pretrained: bool = False, **kwargs) -> Ranker:
     defaults = {"img_size": 56, "patch_size": 4, "depth": 3, "static_depth": 2, "rank": 16, "cell": 2, "rounds": 2}
     phases = (0.0, 0.07, 0.23, 0.42)
     return build(Ranker, "collapse_ranker_nano_224", pretrained, {**defaults, "phases": phases}, kwargs)
+
+
+@register_model
+def collapse_ranker_cells_224(pretrained: bool = False, **kwargs) -> Ranker:
+    """For the remainder "split": which cells of a photo are to be small so that a ViT's output is that for the whole.
+
+    4 blocks of width 128 on 112 px, one pass, no factors: each of the 14 x 14 patches has a worth of its own, as cells
+    that are not split are not unseen. .05 GMACs.
+    """
+    defaults = {"img_size": 112, "rank": 0, "phases": (0.0,), "cell": 2, "neighbours": 0.0}
+    return build(Ranker, "collapse_ranker_cells_224", pretrained, defaults, kwargs)
 
 
 @register_model
