@@ -232,7 +232,8 @@ def test_tokens_are_the_same_whether_the_order_is_given_or_made(patch_size, keep
     model = vit(img_size=224, patch_size=patch_size)
     collapse(model, "collapse_ranker_tiny_224", keep=keep, remainder="mixed")
     images = torch.randn(1, 3, 224, 224)
-    order = model.compute_order(images, upto=round(keep * model.patch_embed.num_patches))
+    grid = model.patch_embed.grid_size
+    order = model.compute_order(images, upto=model.plan(round(keep * grid[0] * grid[1]), grid).places)
     assert torch.equal(model.forward_features(images), model.forward_features(images, order=order))
 
 
