@@ -240,7 +240,7 @@ def test_it_learns_which_patches_matter(cell):
     assert (model.eval().rank(images).argmax(1) == where).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("name, gmacs, launches", [("tiny", 0.13, 250), ("nano", 0.06, 120), ("cells", 0.06, 60)])
+@pytest.mark.parametrize("name, gmacs, launches", [("tiny", 0.1, 180), ("nano", 0.04, 80), ("cells", 0.06, 60)])
 def test_cost_at_224_px_is_within_the_budget(name, gmacs, launches):
     """Of the first 22%; on a GPU the launches count, not the multiply-accumulates."""
     model = timm.create_model(f"collapse_ranker_{name}_224").eval()

@@ -356,10 +356,13 @@ def collapse_ranker_tiny_224(pretrained: bool = False, **kwargs) -> Ranker:
 
 @register_model
 def collapse_ranker_nano_224(pretrained: bool = False, **kwargs) -> Ranker:
-    """For small ViTs: looks at 56 px, 3 blocks, the last one in each phase, two phases for the first 22%: .05 GMACs."""
+    """For small ViTs: looks at 56 px, 3 blocks, the last one in each phase.
+
+    The first 22%: 25 patches by a spread, one phase, .03 GMACs.
+    """
     defaults = {"img_size": 56, "patch_size": 4, "depth": 3, "static_depth": 2, "rank": 16, "cell": 2, "rounds": 2}
-    phases = (0.0, 0.07, 0.23, 0.42)
-    return build(Ranker, "collapse_ranker_nano_224", pretrained, {**defaults, "phases": phases}, kwargs)
+    defaults |= {"phases": (0.0, 0.07, 0.23, 0.42), "spread_first": 0.13}
+    return build(Ranker, "collapse_ranker_nano_224", pretrained, defaults, kwargs)
 
 
 @register_model
