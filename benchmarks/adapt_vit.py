@@ -26,6 +26,7 @@ from vit_probe import add_source, first_blocks, linear_probe
 
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse import CollapseError, collapse
+from timm_collapse.collapse import default_orderer
 from timm_collapse.data import eval_transform, open_dataset
 from timm_collapse.evaluation import accuracy_curves, image_batches
 from timm_collapse.evaluation.cost import autocast
@@ -157,7 +158,7 @@ class Bench:
     def before(self, variant: str):
         """The classifier that a variant starts from, collapsed as that is."""
         parser = argparse.ArgumentParser()
-        for name, default in (("orderer", "collapse_ranker_tiny_224"), ("remainder", "none"), ("keep_schedule", "")):
+        for name, default in (("orderer", ""), ("remainder", "none"), ("keep_schedule", "")):
             parser.add_argument(f"--{name}", default=default)
         for name, default in (("coarse_share", 0.5), ("area_bias", 0.0)):
             parser.add_argument(f"--{name}", type=float, default=default)
@@ -165,7 +166,7 @@ class Bench:
         vit = timm.create_model(f"local-dir:{self.start}", pretrained=True)
         torch.manual_seed(0)
         settings = {"remainder": how.remainder, "coarse_share": how.coarse_share, "area_bias": how.area_bias}
-        return collapse(vit, how.orderer, **settings)
+        return collapse(vit, how.orderer or default_orderer(how.remainder), **settings)
 
     def keep(self, key: str, value: dict) -> None:
         """Remember what was measured, on disk too."""

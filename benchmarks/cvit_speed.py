@@ -23,13 +23,13 @@ from torch import nn
 
 import timm_collapse  # noqa: F401  (registers the models)
 from timm_collapse import CollapseError, Order, collapse
+from timm_collapse.collapse import default_orderer
 from timm_collapse.evaluation import count_macs, images_per_second, with_orderer
 from timm_collapse.evaluation.cost import autocast
 from timm_collapse.evaluation.report import RESULTS, markdown_table, write_section
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 PLAIN = "plain"
-SMALL = 384  # `cvit_*` of this width and below take the nano ranker
 
 
 class Variant(NamedTuple):
@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     gpu = ["cuda"] if torch.cuda.is_available() else []
     parser.add_argument("--models", nargs="+", default=["vit_base_patch16_224"], help="timm names, random weights")
     parser.add_argument("--model-args", nargs="*", default=[], metavar="NAME=INT", help="for smaller models: depth=2")
-    parser.add_argument("--orderer", default="", help="default: that of the cvit_* of the model's size")
+    parser.add_argument("--orderer", default="", help="default: that of the cvit_* models")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.22])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 16, 64])
     parser.add_argument("--devices", nargs="+", default=[*gpu, "cpu"])
@@ -72,12 +72,11 @@ def measure(args: argparse.Namespace) -> None:
         options = {key: int(value) for key, value in (each.split("=") for each in args.model_args)}
         torch.manual_seed(0)
         plain = timm.create_model(name, **options).eval()
-        size = "nano" if plain.num_features <= SMALL else "tiny"
-        orderer = args.orderer or f"collapse_ranker_{size}_224"
+        orderers = tuple(args.orderer or default_orderer(remainder) for remainder in (None, "none"))
         for keep in args.keeps:
             if not 0 < keep < 1:
                 raise CollapseError(f"keeps must be in (0, 1), as 1.0 is measured anyway, got {keep}")
-            variants, macs = make_variants(plain, orderer, keep, args.published_r)
+            variants, macs = make_variants(plain, orderers, keep, args.published_r)
             speeds = {}
             for device in args.devices:
                 for precision in args.precisions:
@@ -87,7 +86,8 @@ def measure(args: argparse.Namespace) -> None:
                     }
                     speeds[f"{device} {precision}"] = found
                     heading = f"{name}, keep {keep:g}, {device} {precision}{', compiled' if args.compile else ''}"
-                    tables.append(f"**{heading}**, orderer {orderer}\n\n{markdown_table(make_rows(macs, found, keep))}")
+                    by = f"orderer {orderers[0]}, without remainder {orderers[1]}"
+                    tables.append(f"**{heading}**, {by}\n\n{markdown_table(make_rows(macs, found, keep))}")
                     print(tables[-1], end="\n\n", flush=True)
             data[f"{name} {keep:g}"] = {"macs": macs, "images_per_second": speeds}
     beside = f", beside {args.busy} processes that multiply matrices all the while" if args.busy else ""
@@ -124,21 +124,21 @@ def multiply() -> None:
 
 
 def make_variants(
-    plain: nn.Module, orderer: str, keep: float, published_r: int
+    plain: nn.Module, orderers: tuple[str, str], keep: float, published_r: int
 ) -> tuple[dict[str, Variant], dict[str, float]]:
-    """What is compared, with shared weights.
+    """What is compared, with shared weights; by orderers for the default remainder and for none.
 
     Returns:
         Name -> variant, the plain model first; and name -> multiply-accumulates of an image.
     """
-    collapsed = collapse(copy.deepcopy(plain), orderer)
+    collapsed = collapse(copy.deepcopy(plain), orderers[0])
     cheap, given = (f"{kind}, keep {keep:g}" for kind in ("collapsed", "given order"))
     variants = {
         PLAIN: Variant(plain),
         "collapsed, keep 1": Variant(collapsed, 1.0),
         cheap: Variant(collapsed, keep),
         given: Variant(collapsed, keep, given=True),
-        f"{cheap}, no remainder": Variant(with_orderer(plain, orderer), keep),
+        f"{cheap}, no remainder": Variant(with_orderer(plain, orderers[1]), keep),
     }
     image = torch.randn(1, *input_size(plain))
     macs = {name: count_macs(call(variant, image)) for name, variant in variants.items()}

@@ -26,12 +26,13 @@ def main() -> None:
         torch.randn(args.batch_size, 3, 64, 64, device=device),
         torch.randn(args.batch_size, 3, 224, 224, device=device),
     )
-    ranker, photo_ranker, nano_ranker, rerun_ranker, comae, photo_comae, vit = (
+    ranker, photo_ranker, nano_ranker, cells_ranker, rerun_ranker, comae, photo_comae, vit = (
         timm.create_model(name, **kwargs).eval().to(device)
         for name, kwargs in (
             ("collapse_ranker_tiny", {}),
             ("collapse_ranker_tiny_224", {}),
             ("collapse_ranker_nano_224", {}),
+            ("collapse_ranker_cells_224", {}),
             ("collapse_ranker_tiny_224_rerun", {}),
             ("comae_tiny", {}),
             ("comae_tiny", {"img_size": 224, "patch_size": 16}),
@@ -46,6 +47,7 @@ def main() -> None:
         "comae_tiny, 64 px (64 encoder passes)": lambda x=small: comae.dependency(x, precision=precision),
         "collapse_ranker_tiny_224, first 22%": lambda x=large: photo_ranker.rank(x, upto=43),
         "collapse_ranker_nano_224, first 22%": lambda x=large: nano_ranker.rank(x, upto=43),
+        "collapse_ranker_cells_224": lambda x=large: cells_ranker.rank(x),
         "collapse_ranker_tiny_224_rerun, first 22%": lambda x=large: rerun_ranker.rank(x, upto=43),
         "collapse_ranker_tiny_224, whole order": lambda x=large: photo_ranker.rank(x),
         exact_name: lambda x=large: photo_comae.dependency(x, precision=precision),

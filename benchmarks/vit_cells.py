@@ -110,7 +110,8 @@ def shown(seeds: list[dict[str, float]]) -> str:
     if not seeds:
         return ""
     top1, distance = (mean(seed[name] for seed in seeds) for name in ("top1", "root_kl"))
-    speed = f", {mean(s['images_per_second'] for s in seeds):.1f}/s" if "images_per_second" in seeds[0] else ""
+    timed = [seed["images_per_second"] for seed in seeds if "images_per_second" in seed]
+    speed = f", {mean(timed):.1f}/s" if timed else ""
     return f"{top1:.1f} ({distance:.2f}){speed}"
 
 

@@ -25,7 +25,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from timm_collapse import CollapseError, Order, collapse
-from timm_collapse.collapse import Collapsed
+from timm_collapse.collapse import Collapsed, default_orderer
 from timm_collapse.data import OrderedImages, eval_transform, open_dataset, train_transform
 from timm_collapse.engine import TrainArgs, create_model, data_set_orders, parse_args, part_for, run_script, start_run
 from timm_collapse.evaluation import accuracy_curves, image_batches
@@ -120,7 +120,7 @@ def main() -> None:
     settings = {"keep": keep, "remainder": args.remainder[0], "coarse_share": args.coarse_share[0]}
     settings["area_bias"] = args.area_bias
     if args.orderer or not isinstance(cvit, Collapsed):
-        collapse(cvit, args.orderer or "collapse_ranker_tiny_224", **settings)
+        collapse(cvit, args.orderer or default_orderer(args.remainder[0]), **settings)
     else:  # it has its orderer, perhaps one that lies beside its weights
         for name, value in settings.items():
             setattr(cvit, name, value)

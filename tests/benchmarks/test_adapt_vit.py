@@ -61,7 +61,8 @@ def test_trainings_and_their_starts_have_the_same_settings(variant, bench, monke
     monkeypatch.setattr(adapt_vit.timm, "create_model", lambda *names, **kwargs: plain)
     monkeypatch.setattr(adapt_vit, "collapse", lambda model, orderer, **settings: (orderer, settings))
     orderer, settings = bench.before(variant)
-    assert orderer == (args.orderer or "collapse_ranker_tiny_224")
+    name = "cells" if args.remainder[0] == "split" else "tiny"
+    assert orderer == (args.orderer or f"collapse_ranker_{name}_224")
     assert settings["remainder"] == args.remainder[0] and settings["area_bias"] == args.area_bias
     assert settings["coarse_share"] == args.coarse_share[0]
 

@@ -3,6 +3,7 @@
 from . import cvit  # noqa: F401  (registers the cvit_* models)
 from .base import Collapsed
 from .convert import collapse
+from .remainder import default_orderer
 from .retention import retained_count, retention_mask
 
-__all__ = ["Collapsed", "collapse", "retained_count", "retention_mask"]
+__all__ = ["Collapsed", "collapse", "default_orderer", "retained_count", "retention_mask"]

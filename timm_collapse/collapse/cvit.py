@@ -27,6 +27,7 @@ from ..hub.files import ORDERER_FOLDER
 from ..models.orderer import CollapseOrder
 from ..models.registry import pixel_cfg, register, take_pretrained_cfg
 from .convert import collapse
+from .remainder import default_orderer
 
 BASES = {
     "cvit_tiny_patch16": "vit_tiny_patch16_224",
@@ -100,7 +101,7 @@ def _cvit(
     options |= {"coarse_share": coarse_share, "area_bias": area_bias}
     options = {key: kwargs.pop(key, value) for key, value in options.items()}
     if options["orderer"] is None:
-        options["orderer"] = cells_orderer if options["remainder"] in (None, "mixed", "split") else orderer
+        options["orderer"] = default_orderer(options["remainder"], orderer, cells_orderer)
     cfg = take_pretrained_cfg(name, kwargs)
     source = local_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else cfg
     reference = options["orderer"]

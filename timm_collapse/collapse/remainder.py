@@ -24,6 +24,9 @@ REMAINDERS = ("none", "fused", "coarse", "mixed", "split")
 DEFAULT_REMAINDER = ("split", 0.5)
 """With its area bias: the best of them on a frozen ViT at 12% to 50% of the tokens (docs/results.md, real_vit)."""
 
+OF_CELLS = ("mixed", "split")
+"""Remainders where the order decides on cells: nothing is unseen, so what patches tell of each other counts less."""
+
 LEAST_PLACES = 0.22
 """Share of the patches whose places tell which cells to split: an order may begin with a spread, which says little."""
 
@@ -204,6 +207,13 @@ def coarse_tokens(
     """(B, c, D): the whole image at one patch a cell, each with the mean of the positions that it covers."""
     tokens = embed(resize_images(images, (cells[0] * patch_size[0], cells[1] * patch_size[1])))
     return tokens if positions is None else tokens + mean_of_cells(positions.to(tokens.dtype), grid, cells)
+
+
+def default_orderer(
+    remainder: str | None, patches: str = "collapse_ranker_tiny_224", cells: str = "collapse_ranker_cells_224"
+) -> str:
+    """The bundled orderer for a remainder: that of cells or that of patches; None is DEFAULT_REMAINDER's."""
+    return cells if (remainder or DEFAULT_REMAINDER[0]) in OF_CELLS else patches
 
 
 def areas_of(sizes: tuple[tuple[int, float], ...]) -> Tensor:
