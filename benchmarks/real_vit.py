@@ -246,7 +246,7 @@ def main() -> None:
         f"real_vit_{args.name}", f"A real ViT: {args.name}", "\n\n".join(text), {"question": question, "found": found}
     )
     if all("images_per_second" in measured for measured in found.values()):
-        figure = plot_budgets(curves(found, args.plot_bias, args.remainder_orders))
+        figure = plot_budgets(curves(found, args.plot_bias, args.remainder_orders, args.remainders))
         save(figure, Path("docs") / f"real_vit_{args.name}.png")
     print("\n\n".join(text))
 

@@ -115,8 +115,13 @@ def shown(seeds: list[dict[str, float]]) -> str:
     return f"{top1:.1f} ({distance:.2f}){speed}"
 
 
-def curves(found: dict[str, dict], bias: float, orders: list[str]) -> dict[str, list[tuple[float, ...]]]:
-    """What is plotted: the downscaled image, orders without a remainder, and each remainder at one area bias."""
+def curves(
+    found: dict[str, dict], bias: float, orders: list[str], remainders: list[str]
+) -> dict[str, list[tuple[float, ...]]]:
+    """What is plotted: the downscaled image, and orders without a remainder and with some at one area bias.
+
+    Controls, NAME:reversed and NAME:another, are left to the table.
+    """
     lines: dict[str, list[tuple[float, ...]]] = {}
     for key, measured in found.items():
         point = tuple(measured[name] for name in ("tokens", "top1", "error", "images_per_second"))
@@ -124,9 +129,11 @@ def curves(found: dict[str, dict], bias: float, orders: list[str]) -> dict[str, 
             lines.setdefault("downscaled", []).append(point)
             continue
         cell = Cell.of(key)
+        if ":" in cell.order:
+            continue
         if cell.remainder == "none" and cell.order in ("random 0", *orders):
             lines.setdefault(f"{cell.kind}, none", []).append(point)
-        elif cell.remainder != "none" and cell.bias == bias:
+        elif f"{cell.remainder}:{cell.share:g}" in remainders and cell.bias == bias and cell.order in orders:
             lines.setdefault(f"{cell.order}, {cell.method}", []).append(point)
     return {name: sorted(points) for name, points in lines.items()}
 

@@ -96,9 +96,8 @@ def test_cells_have_names_and_rows():
     ]
     points = {key: {**value, "tokens": 8, "error": 1.0, "images_per_second": 2.0} for key, value in found.items()}
     points["downscaled|9"] = {"top1": 7.0, "root_kl": 0.1, "tokens": 9, "error": 1.0, "images_per_second": 4.0}
-    assert cells.curves(points, 0.7, []).keys() == {
-        "random 0, mixed 0.5, area bias 0.7",
-        "random 1, mixed 0.5, area bias 0.7",
-        "downscaled",
-    }
-    assert cells.curves(points, 0.5, []) == {"downscaled": [(9, 7.0, 1.0, 4.0)]}
+    points[cell._replace(order="random 1:reversed").key] = points[cell._replace(budget=8).key]
+    orders, remainders = ["random 1", "random 1:reversed"], ["mixed:0.5"]
+    assert cells.curves(points, 0.7, orders, remainders).keys() == {"random 1, mixed 0.5, area bias 0.7", "downscaled"}
+    assert cells.curves(points, 0.7, orders, []).keys() == cells.curves(points, 0.7, [], remainders).keys()
+    assert cells.curves(points, 0.5, orders, remainders) == {"downscaled": [(9, 7.0, 1.0, 4.0)]}

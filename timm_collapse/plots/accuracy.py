@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
 from ..order import CollapseError
 from .style import LABEL, legend_beside, line_style, plain_axes
@@ -86,7 +86,10 @@ def plot_budgets(points: Mapping[str, Sequence[tuple[float, float, float, float]
         ax.set_xscale("log", base=2 if label == "tokens" else 10)
         ax.set_xlabel(label, fontsize=LABEL)
         plain_axes(ax)
-    axes[0].xaxis.set_major_formatter(ScalarFormatter())
+    for ax in axes:  # numbers, not powers
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+    axes[1].xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes[1].xaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("top-1 accuracy (%)", fontsize=LABEL)
     legend_beside(axes[1])
     return figure
