@@ -404,3 +404,20 @@ def test_without_factors_the_order_is_that_of_the_deviations():
             assert picks[0].shape[1] == (candidates or 16)
             hidden = 16 if mask is None else int((~mask).sum(1).min())
             assert torch.equal(torch.cat(picks, 1)[:, :hidden], slow[:, :hidden])
+
+
+@torch.no_grad()
+def test_places_that_come_by_a_spread_need_no_network(monkeypatch):
+    ranker, images = (
+        Ranker(img_size=32, patch_size=8, dim=32, depth=1, rank=4, spread_first=0.5),
+        torch.rand(2, 3, 32, 32),
+    )
+    expected = ranker.rank(images, upto=9).argsort(1, descending=True)[:, :8]
+    monkeypatch.setattr(Ranker, "static", None)
+    for upto in (1, 8):
+        assert torch.equal(ranker.rank(images, upto=upto).argsort(1, descending=True)[:, :8], expected)
+
+
+def test_a_negative_rank_is_refused():
+    with pytest.raises(CollapseError, match="rank must be at least 0, got -1"):
+        Ranker(rank=-1)

@@ -50,22 +50,22 @@ def axis_weights(new: int, old: int) -> Tensor:
 
 def mean_of_cells(values: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """Means over the cells, by area: (B, N, D) -> (B, c, D)."""
-    rows, columns = (
-        constant(axis_weights, new, old, device=values.device).to(values.dtype)
-        for new, old in zip(cells, grid, strict=True)
-    )
+    rows, columns = _axes(values, grid, cells)
     values = torch.einsum("ah,nhwd->nawd", rows, values.unflatten(1, grid))
     return torch.einsum("bw,nawd->nabd", columns, values).flatten(1, 2)
 
 
 def sum_of_cells(values: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """For each patch the sum of its cells' values, by the shares of it that they have: (B, c, D) -> (B, N, D)."""
-    rows, columns = (
-        constant(axis_weights, new, old, device=values.device).to(values.dtype) * (old / new)
-        for new, old in zip(cells, grid, strict=True)
-    )
+    rows, columns = (axis * (old / new) for axis, new, old in zip(_axes(values, grid, cells), cells, grid))
     values = torch.einsum("ah,nabd->nhbd", rows, values.unflatten(1, cells))
     return torch.einsum("bw,nhbd->nhwd", columns, values).flatten(1, 2)
+
+
+def _axes(like: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> tuple[Tensor, ...]:
+    """The weights of both axes, on the device and in the type of a tensor."""
+    shapes = zip(cells, grid, strict=True)
+    return tuple(constant(axis_weights, new, old, device=like.device).to(like.dtype) for new, old in shapes)
 
 
 def cell_of_patches(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..collapse.base import Collapsed
 from ..collapse.convert import collapse
+from ..collapse.remainder import OF_CELLS
 from ..data import ImageLoader
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, Order, check_keeps, resolve_keep
@@ -129,7 +130,7 @@ def _shared_order(model: nn.Module, images: Tensor, keeps: list[float], orders: 
     """The order of a batch up to the last place that any keep needs; `orders` holds those of the batch so far."""
     if not hasattr(model, "keep"):
         return None
-    if getattr(model, "remainder", "none") in ("mixed", "split"):
+    if getattr(model, "remainder", "none") in OF_CELLS:
         return None  # each keep has its own: cells go by the later ranks, too, which are a guess beyond its places
     grid = model.image_grid(images)
     key = (id(model.orderer), grid, model.normalisation)

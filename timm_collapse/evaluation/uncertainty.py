@@ -44,17 +44,20 @@ class UncertaintyCurve:
     @property
     def sum_area(self) -> float:
         """Mean over k of the summed error of the hidden patches, a patch of the image: early k weigh more."""
-        return _area(self.visible, self.error * (1.0 - self.visible / self.num_patches))
+        return self._summed(self.error)
 
     @property
     def entropy_area(self) -> float:
         """Mean over k of the summed entropy of the hidden patches a patch of the image (the paper's Definition 1)."""
-        return _area(self.visible, self.entropy * (1.0 - self.visible / self.num_patches))
+        return self._summed(self.entropy)
 
     @property
     def cross_entropy_area(self) -> float:
         """The same of the cross-entropy."""
-        return _area(self.visible, self.cross_entropy * (1.0 - self.visible / self.num_patches))
+        return self._summed(self.cross_entropy)
+
+    def _summed(self, means: Tensor) -> float:
+        return _area(self.visible, means * (1.0 - self.visible / self.num_patches))
 
     @property
     def areas(self) -> Tensor:

@@ -83,6 +83,8 @@ class Ranker(nn.Module):
         self.num_patches = self.grid[0] * self.grid[1]
         self.neighbours = neighbours
         neighbour_kernel(self.grid, neighbours)  # checks
+        if rank < 0:
+            raise CollapseError(f"rank must be at least 0, got {rank}")
         if not 0 <= spread_first < 1:
             raise CollapseError(f"spread_first must be in [0, 1), got {spread_first}")
         self.spread_first = spread_first
@@ -262,7 +264,7 @@ class Ranker(nn.Module):
         upto = n if upto is None else min(upto, n)
         starts = self.starts(phases, spread=weights is None)
         stops = [*starts[1:], upto]
-        static = self.static(images)
+        static = self.static(images) if upto > starts[0] else None  # a spread looks at nothing
         picks, visible, rest = [], None, ()
         if starts[0]:
             spread = constant(_spread_indices, self.grid, device=images.device).expand(shape)

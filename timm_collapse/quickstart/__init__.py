@@ -8,13 +8,14 @@ from time import perf_counter
 from PIL import Image
 from rich.console import Console
 
+from ..collapse import default_orderer
 from .miniature import train_in_miniature
 from .photos import ORDERER, show_photos
 
 NEXT = f"""[bold]Next[/], your own photo and your own model:
     timm-collapse order photo.jpg --output order.png
     timm-collapse evaluate --model vit_small_patch16_224 --dataset path/to/images --orderer random {ORDERER}
-    collapse(timm.create_model("vit_small_patch16_224", pretrained=True), "{ORDERER}", keep=0.22)"""
+    collapse(timm.create_model("vit_small_patch16_224", pretrained=True), "{default_orderer(None)}", keep=0.22)"""
 
 
 def quickstart(output: str | Path = "runs/quickstart", seed: int = 0, steps: int = 150) -> dict[str, float]:
