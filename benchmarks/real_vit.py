@@ -48,7 +48,9 @@ def parse() -> argparse.Namespace:
         help=f"baselines, {', '.join(OWN_ORDERS)}, orderers; NAME:reversed and NAME:another (image's) are controls",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="of the random order")
-    parser.add_argument("--remainders", nargs="*", default=[], help="fused, coarse:SHARE, mixed:SHARE; none is always")
+    parser.add_argument(
+        "--remainders", nargs="*", default=[], help="fused, or coarse, mixed, split, zoom, each :SHARE; none is always"
+    )
     parser.add_argument("--remainder-orders", nargs="*", default=["collapse_ranker_tiny_224"])
     parser.add_argument("--area-biases", nargs="+", type=float, default=[0.0, 0.5])
     parser.add_argument("--batch-size", type=int, default=50)

@@ -52,7 +52,7 @@ class Cell(NamedTuple):
     @property
     def method(self) -> str:
         """What becomes of the rest, in words."""
-        share = f" {self.share:g}" if self.remainder in ("coarse", "mixed", "split") else ""
+        share = f" {self.share:g}" if self.remainder in ("coarse", "mixed", "split", "zoom") else ""
         return f"{self.remainder}{share}" + (f", area bias {self.bias:g}" if self.bias else "")
 
 

@@ -54,8 +54,8 @@ class Args(TrainArgs):
     )  # fmt: skip
     remainder: list[str] = field(
         default_factory=lambda: ["none"],
-        metadata={"help": "What stands for the dropped patches: none, fused, coarse, mixed; of several, one is drawn "
-                          "each step, and the saved model has the first."},
+        metadata={"help": "What stands for the dropped patches: none, fused, coarse, mixed, split, zoom; of several, "
+                          "one is drawn each step, and the saved model has the first."},
     )  # fmt: skip
     coarse_share: list[float] = field(
         default_factory=lambda: [0.5], metadata={"help": "Share of the budget for coarse tokens; of several, as above."}

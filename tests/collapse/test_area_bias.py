@@ -184,7 +184,7 @@ def test_a_token_of_area_m_is_m_identical_tokens(family):
     model.area_bias = 0.5
     assert not torch.allclose(model(images, order=ORDER), plain(images), atol=1e-3)
     one = IMAGES[:, :, :1, :1].double().expand(-1, -1, 64, 64)  # of one colour: cells of any size are alike
-    for remainder, share in (("mixed", 0.5), ("mixed", 0.1), ("coarse", 1.0)):
+    for remainder, share in (("mixed", 0.5), ("mixed", 0.1), ("coarse", 1.0), ("zoom", 0.3)):
         model.remainder, model.coarse_share, model.keep, model.area_bias = remainder, share, 22, 1.0
         assert torch.allclose(model(one, order=ORDER), plain(one), atol=1e-6)
 
@@ -240,7 +240,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
 
 @torch.no_grad()
 def test_compile_export_and_trace():
-    for family, remainder in (("average pool", "mixed"), ("attention pool", "coarse"), ("beit", "fused")):
+    cases = {"average pool": "mixed", "attention pool": "coarse", "beit": "fused", "class token": "zoom"}
+    for family, remainder in cases.items():
         model = collapse(make(family), "variance", keep=20, remainder=remainder, area_bias=0.5)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for c in (0.5, 0.0, 0.7):

@@ -118,8 +118,8 @@ def test_onnx_breaks_ties_as_we_do(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bayer", "collapse_ranker_tiny"])
-def test_onnx_gives_the_same_logits(name, tmp_path):
-    model = collapse(vit(patch_size=8), CollapseOrder.named(name), keep=6, remainder="fused")
+@pytest.mark.parametrize("name, remainder", [("bayer", "fused"), ("collapse_ranker_tiny", "fused"), ("bayer", "zoom")])
+def test_onnx_gives_the_same_logits(name, remainder, tmp_path):
+    model = collapse(vit(patch_size=8), CollapseOrder.named(name), keep=6, remainder=remainder)
     logits = run_onnx(model, IMAGES, tmp_path / "model.onnx")
     assert torch.allclose(logits, model(IMAGES), atol=1e-5)

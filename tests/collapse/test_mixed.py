@@ -196,7 +196,7 @@ FAMILIES = (
 )
 
 
-@pytest.mark.parametrize("remainder", ["mixed", "split"])
+@pytest.mark.parametrize("remainder", ["mixed", "split", "zoom"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_within_the_budget_dense_and_trainable(name, remainder):
     model = vit(name, **({"img_size": None} if "naflex" in name else {}))

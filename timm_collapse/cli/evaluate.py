@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..data import DatasetInfo
     from ..models import CollapseOrder
 
-REMAINDERS = ("none", "fused", "coarse", "mixed", "split")  # of `collapse`, without importing it
+REMAINDERS = ("none", "fused", "coarse", "mixed", "split", "zoom")  # of `collapse`, without importing it
 DEFAULT_ORDERERS = ("random", "collapse_ranker_tiny_224")
 SHOWN = (1.0, 0.7, 0.5, 0.22)  # columns of the table, where more keeps than MAX_COLUMNS are measured: the paper's
 MAX_COLUMNS = 6

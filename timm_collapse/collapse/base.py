@@ -30,10 +30,12 @@ class Collapsed(HoldsOrderer):
         remainder: What becomes of the dropped patches: "none", "fused" (one token: the mean of their embeddings),
             "coarse" (the whole image at low resolution as a few patches), "mixed" (mixed resolution: the image is
             covered once, by patches where the order comes early and by ever larger cells, one token each, elsewhere),
-            or "split" (the same in two sizes, on any grid: the image is downscaled, and where the order comes early
-            each token is split in four).
+            "split" (the same in two sizes, on any grid: the image is downscaled, and where the order comes early each
+            token is split in four), or "zoom" (the image is downscaled on a grid whose rows and columns are narrow
+            where the order comes early).
         coarse_share: Share of the budget that coarse tokens may take; 1: the image is only downscaled. For "mixed" and
-            "split", the share that the largest cells have before any of them is split.
+            "split", the share that the largest cells have before any of them is split; for "zoom", that of the rows
+            and columns that lie evenly.
         area_bias: A token that stands for m patches (of the remainder; a kept patch is 1) gets area_bias x log(m) added
             to its attention logits as a key, in every block, and where patches are pooled; at least 0. At 1 it counts
             as m tokens would; 0: as one. Which is best for weights that saw no such tokens is between, see

@@ -42,24 +42,41 @@ _search_once = lru_cache(maxsize=256)(_search)
 
 def axis_weights(new: int, old: int) -> Tensor:
     """(new, old): the share of each of `old` patches of an axis in each of `new` cells, by length; rows sum to 1."""
-    edges = torch.arange(new + 1, dtype=torch.float64) * old / new
-    patch = torch.arange(old, dtype=torch.float64)
-    upper = torch.minimum(edges[1:, None], patch + 1)
-    return ((upper - torch.maximum(edges[:-1, None], patch)).clamp_min(0) * new / old).float()
+    return interval_shares(torch.arange(new + 1, dtype=torch.float64).unsqueeze(0) * old / new, old)[0].float()
+
+
+def interval_shares(edges: Tensor, parts: int) -> Tensor:
+    """(B, n + 1) ascending edges in [0, parts] -> (B, n, parts): what each part has of each interval; rows sum to 1."""
+    part = torch.arange(parts, dtype=edges.dtype, device=edges.device)
+    lower, upper = edges[:, :-1, None], edges[:, 1:, None]
+    return (torch.minimum(upper, part + 1) - torch.maximum(lower, part)).clamp_min(0) / (upper - lower)
 
 
 def mean_of_cells(values: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """Means over the cells, by area: (B, N, D) -> (B, c, D)."""
-    rows, columns = _axes(values, grid, cells)
-    values = torch.einsum("ah,nhwd->nawd", rows, values.unflatten(1, grid))
-    return torch.einsum("bw,nawd->nabd", columns, values).flatten(1, 2)
+    return weighted_axes(values, grid, _axes(values, grid, cells))
+
+
+def weighted_axes(values: Tensor, grid: tuple[int, int], axes: tuple[Tensor, Tensor]) -> Tensor:
+    """Sums of values on a grid over its rows and columns.
+
+    Args:
+        values: (B or 1, N, D).
+        grid: (H, W), N in all.
+        axes: Weights of the rows ([B,] h, H), and of the columns ([B,] w, W).
+
+    Returns:
+        (B, h w, D).
+    """
+    rows, columns = axes
+    values = (rows @ values.unflatten(1, grid).flatten(2)).unflatten(2, (grid[1], -1))
+    return (columns.unsqueeze(-3) @ values).flatten(1, 2)
 
 
 def sum_of_cells(values: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """For each patch the sum of its cells' values, by the shares of it that they have: (B, c, D) -> (B, N, D)."""
-    rows, columns = (axis * (old / new) for axis, new, old in zip(_axes(values, grid, cells), cells, grid))
-    values = torch.einsum("ah,nabd->nhbd", rows, values.unflatten(1, cells))
-    return torch.einsum("bw,nhbd->nhwd", columns, values).flatten(1, 2)
+    axes = zip(_axes(values, grid, cells), cells, grid, strict=True)
+    return weighted_axes(values, cells, tuple(axis.mT * (old / new) for axis, new, old in axes))
 
 
 def _axes(like: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -79,10 +79,10 @@ def collapse(
             model of transformers, see `CollapsedVlm`.
         orderer: What orders the patches, or its name, as for `CollapseOrder.named`.
         keep: Token budget, a ratio in (0, 1] of the patches, or a count of at least 2.
-        remainder: What becomes of the dropped patches: "none", "fused", "coarse", "mixed" or "split", see `Collapsed`.
-            None: "split" with an `area_bias` of 0.5, the best on frozen ViTs (docs/results.md), where the model can
-            take them; nothing has to be trained for it. Weights that were trained on the first patches alone want
-            "none".
+        remainder: What becomes of the dropped patches: "none", "fused", "coarse", "mixed", "split" or "zoom", see
+            `Collapsed`. None: "split" with an `area_bias` of 0.5, the best on frozen ViTs (docs/results.md), where the
+            model can take them; nothing has to be trained for it. Weights that were trained on the first patches alone
+            want "none".
         coarse_share: Share of the budget that coarse tokens may take, in (0, 1].
         mean, std: Normalisation of the images that the model gets, one number or one a channel; None takes what the
             model is collapsed with already, or its `pretrained_cfg` (timm's default, ImageNet's, where it has none), or

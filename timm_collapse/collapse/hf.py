@@ -80,7 +80,11 @@ class BiasedPool(Part):
 
     def forward(self, *args, **kwargs):
         bias = getattr(self.carrier.selection, "key_bias", None)
-        return super().forward(*args, **kwargs if bias is None else {**kwargs, "attn_mask": bias[0, 0]})
+        if bias is None:
+            return super().forward(*args, **kwargs)
+        queries = args[0] if args else kwargs["query"]
+        mask = bias.expand(queries.shape[0], self.num_heads, queries.shape[1], -1).flatten(0, 1)
+        return super().forward(*args, **{**kwargs, "attn_mask": mask})
 
 
 class CollapsedHf(Collapsed):

@@ -15,16 +15,25 @@ from ..models.tokenizer import resize_images
 from ..models.transformer import gather_tokens
 from ..order import Order
 from ..order.constants import constant
-from .cells import cell_centres, cell_of_patches, coarse_grid, mean_of_cells, sum_of_cells
+from .cells import (
+    cell_centres,
+    cell_of_patches,
+    coarse_grid,
+    interval_shares,
+    mean_of_cells,
+    sum_of_cells,
+    weighted_axes,
+)
 from .pyramid import choose_leaves, count_leaves, cover_of_leaves, plan_splits, pyramid_shapes, split_shapes
 from .selection import Selection
+from .zoom import LATEST, axis_edges, interval_of_parts, pairs_of, places_of_intervals, resample_axes, zoom_densities
 
-REMAINDERS = ("none", "fused", "coarse", "mixed", "split")
+REMAINDERS = ("none", "fused", "coarse", "mixed", "split", "zoom")
 
 DEFAULT_REMAINDER = ("split", 0.5)
 """With its area bias: the best of them on a frozen ViT at 12% to 50% of the tokens (docs/results.md, real_vit)."""
 
-OF_CELLS = ("mixed", "split")
+OF_CELLS = ("mixed", "split", "zoom")
 """Remainders where the order decides on cells: nothing is unseen, so what patches tell of each other counts less."""
 
 LEAST_PLACES = 0.22
@@ -48,9 +57,11 @@ class Plan:
         places: So many first places of the order decide; 0: no order is needed.
         num_kept: So many patches are kept.
         sizes: (tokens, patches that each stands for), of the extra tokens behind them in turn.
+        areas_vary: These differ from image to image, and only a selection knows them.
     """
 
     sizes: tuple[tuple[int, float], ...] = ()
+    areas_vary = False
 
     def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int]):
         self.places = self.num_kept = budget
@@ -181,10 +192,39 @@ class Split(Mixed):
     levels = staticmethod(split_shapes)
 
 
+class Zoom(Plan):
+    """The image downscaled on a grid whose rows and columns are narrow where the order comes early, see `zoom`."""
+
+    areas_vary = True
+
+    def __init__(self, budget: int, grid: tuple[int, int], patch_size: tuple[int, int], share: float):
+        super().__init__(budget, grid, patch_size)
+        self.share, self.cells = share, coarse_grid(budget, grid)
+        self.places, self.num_kept = round(LATEST * grid[0] * grid[1]), 0
+
+    def select(self, order: Order | None, images: Tensor, embed: Embed, positions: Positions) -> Selection:
+        densities, (h, w) = zoom_densities(order, self.share), self.cells
+        size = h * self.patch_size[0], w * self.patch_size[1]
+        tokens, added = embed(resample_axes(images, densities, size)), positions()
+        edges = tuple(map(axis_edges, densities, self.cells))
+        if added is not None:
+            shares = tuple(map(interval_shares, edges, self.grid))
+            tokens = tokens + weighted_axes(added.float(), self.grid, shares).to(tokens.dtype)
+        rows, columns = (edge.diff() for edge in edges)
+        return Selection(
+            torch.empty(images.shape[0], 0, dtype=torch.long, device=images.device),
+            self.grid,
+            tokens,
+            places=pairs_of(*map(places_of_intervals, edges), self.grid[1]),
+            cover=lambda: pairs_of(*map(interval_of_parts, edges, self.grid), w),
+            areas=(rows.unsqueeze(2) * columns.unsqueeze(1)).flatten(1),
+        )
+
+
 def plan_remainder(
     remainder: str, budget: int, grid: tuple[int, int], patch_size: tuple[int, int], share: float
 ) -> Plan:
-    """The plan of a remainder ("none", "fused", "coarse", "mixed" or "split"), see `Collapsed`."""
+    """The plan of a remainder, one of REMAINDERS, see `Collapsed`."""
     if remainder == "fused":
         return Fused(budget, grid, patch_size)
     if remainder == "coarse":
@@ -193,6 +233,9 @@ def plan_remainder(
         return Mixed(budget, grid, patch_size, share)
     if remainder == "split":
         return Split(budget, grid, patch_size, share)
+    if remainder == "zoom":
+        # evenly: no order is needed
+        return Coarse(budget, grid, patch_size, share) if share == 1 else Zoom(budget, grid, patch_size, share)
     return Plan(budget, grid, patch_size)
 
 

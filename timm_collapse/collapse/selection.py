@@ -35,9 +35,9 @@ class Selection(NamedTuple):
     cell: int = 1
     """Patches on a side of the cells that are kept whole, each with its patches row by row; 1: single patches are."""
     areas: Tensor | None = None
-    """(1, r) float32: how many patches each extra token stands for."""
+    """(1 or B, r) float32: how many patches each extra token stands for."""
     key_bias: Tensor | None = None
-    """(1, 1, 1, prefix + k + r): added to the attention logits of each token as a key; None: nothing is."""
+    """(1 or B, 1, 1, prefix + k + r): added to the attention logits of each token as a key; None: nothing is."""
 
     def apply(self, x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
         """(B, prefix + N, D) -> (B, prefix + k + r, D)."""
@@ -61,7 +61,7 @@ class Selection(NamedTuple):
 
 
 def area_key_bias(areas: Tensor, area_bias: float, ahead: int) -> Tensor:
-    """(1, 1, 1, ahead + r): area_bias log(area) of each extra token (1, r), and 0 for the tokens ahead of them.
+    """(B, 1, 1, ahead + r): area_bias log(area) of each extra token (B, r), and 0 for the tokens ahead of them.
 
     With an `area_bias` of 1, attention is what it would be over as many copies of the token: ToMe's
     proportional attention (arXiv 2210.09461).

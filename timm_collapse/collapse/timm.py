@@ -163,8 +163,8 @@ class CollapsedTimm(Collapsed):
         In a mean, a token's weight is its area to the power of `area_bias`, which is attention with equal logits.
 
         Raises:
-            CollapseError: The tokens' grid is not known: called by itself, with an area bias, on a model of images of
-                any size.
+            CollapseError: The tokens' areas are not known: called by itself, with an area bias, on a model of images of
+                any size or with areas that differ from image to image.
         """
         head, areas = super().forward_head, self._areas_in_head(x)
         if areas is None:
@@ -177,7 +177,7 @@ class CollapsedTimm(Collapsed):
         return head(x * (weights / counted.mean(1, keepdim=True)).unsqueeze(-1).to(x.dtype), *args, **kwargs)
 
     def _areas_in_head(self, x: Tensor) -> Tensor | None:
-        """(1, r): the areas of the last tokens of x, where the head pools tokens by area."""
+        """(1 or B, r): the areas of the last tokens of x, where the head pools tokens by area."""
         if self.area_bias == 0:
             return None
         check_area_bias(self.area_bias, why_no_area_pool(self))  # the head may be another since it was set
@@ -187,15 +187,17 @@ class CollapsedTimm(Collapsed):
             return selection.areas
         if self.keep == 1 or self.remainder == "none":
             return None
-        if not hasattr(self, "patch_embed") or getattr(self, "dynamic_img_size", False):
+        any_size = not hasattr(self, "patch_embed") or getattr(self, "dynamic_img_size", False)
+        grid = None if any_size else tuple(self.patch_embed.grid_size)
+        if grid is not None and (budget := resolve_keep(self.keep, grid[0] * grid[1])) == grid[0] * grid[1]:
+            return None
+        plan = None if grid is None else self.plan(budget, grid)
+        if plan is None or plan.areas_vary:
+            unknown = "grid of images of any size" if plan is None else "areas, which differ from image to image"
             raise CollapseError(
                 f"area_bias must be 0 where forward_head is called by itself, got {self.area_bias}: it cannot know the "
-                "grid of images of any size; call the model"
+                f"{unknown}; call the model"
             )
-        grid = tuple(self.patch_embed.grid_size)
-        if (budget := resolve_keep(self.keep, grid[0] * grid[1])) == grid[0] * grid[1]:
-            return None
-        plan = self.plan(budget, grid)
         areas = plan.areas(x.device)
         fits = areas is not None and x.shape[1] == self.num_prefix_tokens + plan.num_kept + areas.shape[1]
         return areas if fits else None  # others are of a forward pass with all patches

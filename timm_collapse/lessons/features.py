@@ -32,8 +32,8 @@ class FeatureLesson:
     Args:
         vit: A collapsed ViT, used to sets of patches (one trained with random drop) or to the remainder; frozen here.
         num_sets: Sets an image, at least 2.
-        remainders: One of these is drawn each step, see `Collapsed`; "mixed" has cells of more than two sizes, and so
-            no set to learn.
+        remainders: One of these is drawn each step, see `Collapsed`; not "mixed" and "zoom", which have cells of more
+            than two sizes, and so no set to learn.
         max_share: Largest budget, as a share of the patches.
     """
 
@@ -42,7 +42,7 @@ class FeatureLesson:
     ):
         if num_sets < 2:
             raise CollapseError(f"sets: must be at least 2, as sets of one image are compared, got {num_sets}")
-        if "mixed" in remainders:
+        if {"mixed", "zoom"} & set(remainders):
             raise CollapseError(f"remainders must be of none, fused, coarse and split, got {', '.join(remainders)}")
         self.vit = vit.eval().requires_grad_(False)
         if next(vit.parameters()).device.type == "cpu":
