@@ -43,9 +43,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument(
         "--variants", nargs="+", default=["downscaled:2", "collapse:2", "random:2", "bayer:2", "none:1"],
-        help="NAME:SEEDS; downscaled, biased (downscaled, with the area bias), none, whole (trained on all patches), "
-        "collapse, or a baseline or orderer for its order",
+        help="NAME:SEEDS; downscaled, biased (downscaled, with the area bias), zoom, mild_zoom, split, none, whole "
+        "(trained on all patches), collapse (--rest), or a baseline or orderer for its order",
     )  # fmt: skip
+    parser.add_argument(
+        "--seen-as", nargs="*", default=[], help="variants: what the first seed of each makes of their tokens, too"
+    )
     parser.add_argument("--rest", default="--remainder split --area_bias 0.5", help="of collapse and the baselines")
     parser.add_argument(
         "--recipe", default="--batch_size 32 --lr 1e-4 --warmup 0.1 --layer_decay 0.75 --freeze 5 --ema 0",
@@ -63,6 +66,9 @@ def variant_arguments(name: str, rest: str) -> str:
     known = {
         "downscaled": "--remainder coarse --coarse_share 1",
         "biased": "--remainder coarse --coarse_share 1 --area_bias 0.5",
+        "zoom": "--remainder zoom --area_bias 0.5",
+        "mild_zoom": "--remainder zoom --coarse_share 0.75 --area_bias 0.5",
+        "split": "--remainder split --area_bias 0.5",
         "none": "--remainder none",
         "whole": f"--keep_schedule full {rest}",
         "collapse": rest,
@@ -144,26 +150,32 @@ class Bench:
         for seed in range(max(seeds for _, seeds in wanted)):
             for variant in [name for name, seeds in wanted if seed < seeds]:
                 if not seed and f"{variant}|before" not in self.found:
-                    self.keep(f"{variant}|before", self.top1(self.before(variant), budgets, whole=False))
+                    start = timm.create_model(f"local-dir:{self.start}", pretrained=True)
+                    self.keep(f"{variant}|before", self.top1(self.collapsed(start, variant), budgets, whole=False))
                 if f"{variant}|{seed}" not in self.found:
                     self.train(variant, seed)
                     folder = self.folder / f"{variant}_{seed}"
                     trained = timm.create_model(f"local-dir:{folder}", pretrained=True)
                     self.keep(f"{variant}|{seed}", self.top1(trained, budgets))
+        for variant, _ in wanted:
+            for other in self.args.seen_as:
+                if f"{variant}|as {other}" not in self.found:
+                    trained = timm.create_model(f"local-dir:{self.folder / f'{variant}_0'}", pretrained=True)
+                    seen = self.collapsed(trained, other)
+                    self.keep(f"{variant}|as {other}", self.top1(seen, budgets, whole=False))
         if self.args.time:
             for variant, _ in wanted:
                 cost = json.loads(self.train(variant, 0, "--dry_run", "true"))
                 self.keep(f"{variant}|step", {"seconds": cost["seconds_per_step"], "macs": cost["macs_per_image"]})
 
-    def before(self, variant: str):
-        """The classifier that a variant starts from, collapsed as that is."""
+    def collapsed(self, vit, variant: str):
+        """A ViT, collapsed as a variant is."""
         parser = argparse.ArgumentParser()
         for name, default in (("orderer", ""), ("remainder", "none"), ("keep_schedule", "")):
             parser.add_argument(f"--{name}", default=default)
         for name, default in (("coarse_share", 0.5), ("area_bias", 0.0)):
             parser.add_argument(f"--{name}", type=float, default=default)
         how = parser.parse_args(shlex.split(variant_arguments(variant, self.args.rest)))
-        vit = timm.create_model(f"local-dir:{self.start}", pretrained=True)
         torch.manual_seed(0)
         settings = {"remainder": how.remainder, "coarse_share": how.coarse_share, "area_bias": how.area_bias}
         return collapse(vit, how.orderer or default_orderer(how.remainder), **settings)
@@ -195,6 +207,28 @@ def rows_of(found: dict[str, dict]) -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: -float(row[next(k for k in row if "tokens" in k)].split("-> ")[1].split()[0]))
 
 
+def crossed_rows(found: dict[str, dict]) -> list[dict[str, str]]:
+    """A row for each trained variant: its top-1 on the tokens of others, at each budget."""
+    pairs = [key.split("|as ") for key in found if "|as " in key]
+    rows = []
+    for variant in dict.fromkeys(variant for variant, _ in pairs):
+        row = {"trained as": variant}
+        for other in dict.fromkeys(other for _, other in pairs):
+            value = found.get(f"{variant}|as {other}", {})
+            row[f"seen as {other}"] = " / ".join(f"{value[budget]['top1']:.1f}" for budget in sorted(value, key=int))
+        rows.append(row)
+    return rows
+
+
+def crossed_text(found: dict[str, dict]) -> list[str]:
+    """The table of `crossed_rows` with a line ahead; nothing where it is empty."""
+    rows = crossed_rows(found)
+    line = (
+        "What the first seed of each makes of other tokens than those it was trained on, top-1 at the budgets in turn:"
+    )
+    return [line, markdown_table(rows)] if rows else []
+
+
 def main() -> None:
     args = parse()
     bench = Bench(args)
@@ -210,6 +244,7 @@ def main() -> None:
         f"collapse, bayer, random: `{args.rest}` with these orders; none: nothing for the rest; downscaled: the image "
         "shrunk to as many tokens or a few less (biased: these count for their areas); whole: trained on all patches.",
         markdown_table(rows_of(found)),
+        *crossed_text(found),
         *([args.note] if args.note else []),
     ]
     data = {"question": bench.question, "found": found}

@@ -50,7 +50,10 @@ def test_the_start_is_a_saved_classifier_of_the_first_blocks(bench, monkeypatch)
     assert bench.start == folder and (folder / "model.safetensors").stat().st_mtime_ns == written  # made once
 
 
-@pytest.mark.parametrize("variant", ["downscaled", "biased", "collapse", "none", "whole", "random", "bayer"])
+VARIANTS = ["downscaled", "biased", "zoom", "mild_zoom", "split", "collapse", "none", "whole", "random", "bayer"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_trainings_and_their_starts_have_the_same_settings(variant, bench, monkeypatch):
     monkeypatch.setattr(adapt_vit.Bench, "start", Path("runs/start"))
     args = parse_args(load_script("cvit").Args, "", bench.command(variant, 3))
@@ -58,10 +61,9 @@ def test_trainings_and_their_starts_have_the_same_settings(variant, bench, monke
     assert args.keep_schedule == ("full" if variant == "whole" else "64,128") and args.freeze == 5
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
     plain = timm.create_model("vit_tiny_patch16_224", **shape)
-    monkeypatch.setattr(adapt_vit.timm, "create_model", lambda *names, **kwargs: plain)
     monkeypatch.setattr(adapt_vit, "collapse", lambda model, orderer, **settings: (orderer, settings))
-    orderer, settings = bench.before(variant)
-    name = "cells" if args.remainder[0] == "split" else "tiny"
+    orderer, settings = bench.collapsed(plain, variant)
+    name = "cells" if args.remainder[0] in ("split", "zoom") else "tiny"
     assert orderer == (args.orderer or f"collapse_ranker_{name}_224")
     assert settings["remainder"] == args.remainder[0] and settings["area_bias"] == args.area_bias
     assert settings["coarse_share"] == args.coarse_share[0]
@@ -81,7 +83,13 @@ def test_the_table():
         ["b", "2", "40.0 -> 71.0 ± 1.0", "70.0 -> 82.0 ± 1.0"],
         ["a", "1", "50.0 -> 60.0", "70.0 -> 80.0"],
     ]
-    assert adapt_vit.markdown_table(rows)
+    assert adapt_vit.markdown_table(rows) and adapt_vit.crossed_text(found) == []
+    found |= {"a|as b": at(k128=3.0, k64=2.25), "a|as c": at(k64=5.0, k128=6.0), "b|as b": at(k64=7.0, k128=8.0)}
+    assert adapt_vit.crossed_rows(found) == [
+        {"trained as": "a", "seen as b": "2.2 / 3.0", "seen as c": "5.0 / 6.0"},
+        {"trained as": "b", "seen as b": "7.0 / 8.0", "seen as c": ""},
+    ]
+    assert adapt_vit.rows_of(found) == rows and len(adapt_vit.crossed_text(found)) == 2
 
 
 def test_only_the_first_blocks(tmp_path, monkeypatch):
