@@ -57,6 +57,8 @@ def test_even_densities_are_the_resize_that_all_else_uses(size):
     even = torch.full((2, 16), 0.7), torch.full((2, 8), 3.0)
     assert torch.allclose(resample_axes(images, even, size), resize_images(images, size), atol=1e-4)
     assert resample_axes(images.bfloat16(), even, size).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(resample_axes(images, even, size), resize_images(images, size), atol=1e-4)
 
 
 def test_a_pixel_shows_what_lies_at_its_place():

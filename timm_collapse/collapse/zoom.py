@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..order import Order
+from ..order.precision import without_autocast
 
 SMOOTHING = 0.2
 """Window of the means that smooth the densities of an axis, as a share of its patches; taken twice."""
@@ -64,8 +65,8 @@ def resample_axes(images: Tensor, densities: tuple[Tensor, Tensor], size: tuple[
         size: Of the result.
     """
     rows, columns = (_filters(*axis) for axis in zip(densities, size, images.shape[-2:], strict=True))
-    exact = images.to(rows.dtype)
-    return (rows.unsqueeze(1) @ exact @ columns.mT.unsqueeze(1)).to(images.dtype)
+    with without_autocast(images):
+        return (rows.unsqueeze(1) @ images.to(rows.dtype) @ columns.mT.unsqueeze(1)).to(images.dtype)
 
 
 def _filters(density: Tensor, new: int, old: int) -> Tensor:
