@@ -44,7 +44,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--variants", nargs="+", default=["downscaled:2", "collapse:2", "random:2", "bayer:2", "none:1"],
         help="NAME:SEEDS; downscaled, biased (downscaled, with the area bias), zoom, mild_zoom, split, none, whole "
-        "(trained on all patches), collapse (--rest), or a baseline or orderer for its order",
+        "(trained on all patches), collapse (--rest), sized (that, with a size embedding), sizes, zoom_sizes and "
+        "downscaled_sizes (only a size embedding is trained, without labels), or a baseline or orderer for its order",
     )  # fmt: skip
     parser.add_argument(
         "--seen-as", nargs="*", default=[], help="variants: what the first seed of each makes of their tokens, too"
@@ -69,6 +70,10 @@ def variant_arguments(name: str, rest: str) -> str:
         "zoom": "--remainder zoom --area_bias 0.5",
         "mild_zoom": "--remainder zoom --coarse_share 0.75 --area_bias 0.5",
         "split": "--remainder split --area_bias 0.5",
+        "sizes": f"{rest} --tune sizes",
+        "downscaled_sizes": "--remainder coarse --coarse_share 1 --area_bias 0.5 --tune sizes",
+        "zoom_sizes": "--remainder zoom --area_bias 0.5 --tune sizes",
+        "sized": f"{rest} --size_embed true",
         "none": "--remainder none",
         "whole": f"--keep_schedule full {rest}",
         "collapse": rest,
@@ -175,7 +180,7 @@ class Bench:
             parser.add_argument(f"--{name}", default=default)
         for name, default in (("coarse_share", 0.5), ("area_bias", 0.0)):
             parser.add_argument(f"--{name}", type=float, default=default)
-        how = parser.parse_args(shlex.split(variant_arguments(variant, self.args.rest)))
+        how, _ = parser.parse_known_args(shlex.split(variant_arguments(variant, self.args.rest)))
         torch.manual_seed(0)
         settings = {"remainder": how.remainder, "coarse_share": how.coarse_share, "area_bias": how.area_bias}
         return collapse(vit, how.orderer or default_orderer(how.remainder), **settings)

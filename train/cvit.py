@@ -3,6 +3,11 @@
     accelerate launch train/cvit.py --dataset digits --model cvit_tiny_patch4_32 --output runs/cvit
     accelerate launch train/cvit.py --dataset path/to/imagenet --model cvit_base_patch16 --pretrained --lr 1e-4
 
+A pretrained ViT learns what tokens of several patches lack, in a hundred steps and without labels:
+
+    accelerate launch train/cvit.py --model vit_base_patch16_224 --pretrained true --dataset path/to/photos \
+        --tune sizes --remainder split --area_bias 0.5 --keep_schedule 32,64,128 --lr 1e-4 --steps 100
+
 Each step has a budget of tokens (--keep_schedule), and the model sees only the patches that come first in the order of
 their image. Baselines are the same script with another argument: --orderer random (RViT), bayer, halton, centre or
 variance; --remainder coarse --coarse_share 1 (the image downscaled to as many tokens); --keep_schedule full (a ViT).
@@ -33,6 +38,7 @@ from timm_collapse.hub.save import pretrained_source, save_model
 from timm_collapse.order import jitter_order, mix_random, parse_keep, resolve_keep
 
 SMOOTHING = 0.1  # of the labels
+SIZE_LR = 30  # times the learning rate of pretrained weights: it starts at zero
 
 
 @dataclass
@@ -63,6 +69,16 @@ class Args(TrainArgs):
     area_bias: float = field(
         default=0.0, metadata={"help": "How much tokens of several patches count for their number, see `collapse`."}
     )
+    size_embed: bool = field(
+        default=False,
+        metadata={"help": "Learn what a token's size adds to it, see `Collapsed`: two vectors, zero at first, at "
+                          f"{SIZE_LR} times the learning rate."},
+    )  # fmt: skip
+    tune: str = field(
+        default="all",
+        metadata={"help": "all: the model, by its labels; sizes: the size embedding alone, without labels, to what the "
+                          "model says of the whole image (--distill, 1 where it is 0)."},
+    )  # fmt: skip
     order_table: str = field(
         default="",
         metadata={"help": "Folder of the data set's orders, made if missing: nothing is ordered while training, and "
@@ -87,6 +103,14 @@ class Args(TrainArgs):
         self.budget(0.5)
         self.check_range("jitter", "mixup", "distill", "area_bias", "freeze")
         self.check_range("random_orders", "crop_scale", "layer_decay", high=1)
+        if self.tune not in ("all", "sizes"):
+            raise CollapseError(f"tune: must be all or sizes, got {self.tune!r}")
+        if self.tune == "sizes":
+            if "none" in self.remainder:
+                raise CollapseError("remainder: must not be none with --tune sizes, which learns of its tokens")
+            if self.mixup:
+                raise CollapseError("mixup: must be 0 with --tune sizes, which takes no labels")
+            self.size_embed, self.distill = True, self.distill or 1.0
         if self.order_table and self.mixup:
             raise CollapseError("order_table: has the orders of single images, so mixup must be 0")
 
@@ -114,9 +138,10 @@ def main() -> None:
     keep = parse_keep(args.keep)
 
     # the model
-    dataset, num_classes = open_dataset(args.dataset, args.split, args.part, labelled=True)
+    by_labels = args.tune == "all"
+    dataset, num_classes = open_dataset(args.dataset, args.split, args.part, labelled=by_labels)
     source = {"pretrained": True, "pretrained_cfg_overlay": pretrained_source(args.init)} if args.init else {}
-    cvit = create_model(args, num_classes=num_classes, **source)
+    cvit = create_model(args, **({"num_classes": num_classes} if by_labels else {}), **source)
     settings = {"keep": keep, "remainder": args.remainder[0], "coarse_share": args.coarse_share[0]}
     settings["area_bias"] = args.area_bias
     if args.orderer or not isinstance(cvit, Collapsed):
@@ -124,13 +149,21 @@ def main() -> None:
     else:  # it has its orderer, perhaps one that lies beside its weights
         for name, value in settings.items():
             setattr(cvit, name, value)
+    if args.size_embed:
+        cvit.make_size_embed(True)
     orderer, cfg = args.orderer or cvit._model_args["orderer"], cvit.pretrained_cfg
     size = cvit.patch_embed.img_size[0] if hasattr(cvit, "patch_embed") else cfg["input_size"][-1]  # NaFlexVit: any
     grid = cvit.image_grid(torch.empty(1, 3, size, size))
     num_patches = grid[0] * grid[1]
     check_budgets(args, cvit, grid)
     freeze_first(cvit, args.freeze)
+    if not by_labels:
+        cvit.requires_grad_(False)
+    if cvit.size_embed is not None:
+        cvit.size_embed.requires_grad_(False)  # a group of its own
     groups = param_groups_layer_decay(cvit, args.weight_decay, cvit.no_weight_decay(), layer_decay=args.layer_decay)
+    if cvit.size_embed is not None:
+        groups.append({"params": [cvit.size_embed.requires_grad_()], "weight_decay": 0.0, "lr_scale": SIZE_LR})
 
     # the images; with a table of orders, (image, label, ranks)
     plain = eval_transform(size, cfg["mean"], cfg["std"])
@@ -173,9 +206,11 @@ def main() -> None:
             order = mix_random(order, args.random_orders, run.random.rand(b, num_patches + 1))
 
         with run.accelerator.autocast():
-            logits = run.model(images, order=order).float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=0.0 if mixup else SMOOTHING)
-            metrics = {"loss": loss.detach()}
+            logits, metrics = run.model(images, order=order).float(), {}
+            loss = logits.new_zeros(())
+            if by_labels:
+                loss = F.cross_entropy(logits, labels, label_smoothing=0.0 if mixup else SMOOTHING)
+                metrics["loss"] = loss.detach()
             if args.distill:
                 cvit.keep = 1.0
                 with torch.no_grad():

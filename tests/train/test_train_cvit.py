@@ -98,6 +98,26 @@ def test_ranker_learns_from_its_features_and_orders_another_training(trained, tm
 
 
 @pytest.mark.slow
+def test_only_the_sizes_learn_without_labels(trained, tmp_path):
+    folder = trained[0]
+    said = train("cvit.py", tmp_path / "sizes", "--model", f"local-dir:{folder}", "--pretrained", "true",
+                 "--tune", "sizes", "--remainder", "split", "--keep", "6", "--keep_schedule", "6,9", "--steps", "40",
+                 "--lr", "1e-3", "--batch_size", "32", "--orderer", "bayer", "--val_split", "")  # fmt: skip
+    assert "Traceback" not in said
+    before, after = (load_file(at / "model.safetensors") for at in (folder, tmp_path / "sizes"))
+    assert set(after) - set(before) == {"size_embed"} and after["size_embed"].abs().min(1).values.max() > 0
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    log = [json.loads(line) for line in (tmp_path / "sizes" / "log.jsonl").read_text().splitlines()]
+    assert "loss" not in log[0] and log[-1]["divergence"] < log[0]["divergence"]
+    # a training of all weights goes on from there
+    train_cvit(tmp_path / "all", "--init", str(tmp_path / "sizes"), "--remainder", "split", "--keep", "9",
+               "--keep_schedule", "fixed", "--steps", "2", "--batch_size", "8", "--val_split", "")  # fmt: skip
+    both = load_file(tmp_path / "all" / "model.safetensors")
+    assert not torch.equal(both["size_embed"], after["size_embed"])
+    assert torch.allclose(both["size_embed"], after["size_embed"], atol=0.2)
+
+
+@pytest.mark.slow
 def test_goes_on_where_it_was(tmp_path):
     common = ["--orderer", "variance", "--val_split", "", "--mixup", "0.2", "--distill", "0.5", "--layer_decay", "0.8"]
     common += ["--freeze", "1", "--remainder", "coarse", "--area_bias", "0.5", "--keep", "0.5"]
@@ -152,6 +172,9 @@ def test_the_first_blocks_and_the_embeddings_are_frozen(name):
         ({"distill": float("nan")}, "distill: must be at least 0, got nan"),
         ({"random_orders": 1.5}, r"random_orders: must be in \[0, 1\], got 1.5"),
         ({"crop_scale": 2.0}, r"crop_scale: must be in \[0, 1\], got 2.0"),
+        ({"tune": "head"}, "tune: must be all or sizes, got 'head'"),
+        ({"tune": "sizes"}, "remainder: must not be none with --tune sizes"),
+        ({"tune": "sizes", "remainder": ["split"], "mixup": 0.2}, "mixup: must be 0 with --tune sizes"),
     ],
 )
 def test_values_that_cannot_train_are_refused(wrong, message):

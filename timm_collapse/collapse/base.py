@@ -40,6 +40,9 @@ class Collapsed(HoldsOrderer):
             to its attention logits as a key, in every block, and where patches are pooled; at least 0. At 1 it counts
             as m tokens would; 0: as one. Which is best for weights that saw no such tokens is between, see
             docs/results.md.
+        size_embed: Parameter (2, D), or None. With it, size_embed[0] + log(m) size_embed[1] is added to each token of
+            the remainder, of m patches: what tells the blocks how large a token's cell is. It starts at zero, as what
+            is added to large patches in APT (arXiv 2510.18091), and is learned, see docs/adapt.md.
     """
 
     # -- set-up ------------------------------------------------------------------------------------------------------
@@ -52,8 +55,11 @@ class Collapsed(HoldsOrderer):
         coarse_share: float,
         area_bias: float,
         normalisation: Normalisation,
+        size_embed: bool | None = None,
     ) -> None:
         """Take the settings of a collapse, all of them checked, and put the parts that drop tokens in their places."""
+        if size_embed is not None or not hasattr(self, "size_embed"):
+            self.make_size_embed(bool(size_embed))
         self.remainder, self.coarse_share, self.area_bias = remainder, coarse_share, area_bias
         self.carrier = Carrier()
         self.hold(orderer)
@@ -93,6 +99,20 @@ class Collapsed(HoldsOrderer):
         self._area_bias = repr(check_area_bias(area_bias, self.why_no_area_bias(self)))
         self.record(area_bias=self.area_bias)
 
+    def make_size_embed(self, wanted: bool) -> None:
+        """Have a size embedding, the one that is there or a new one, which is zero; or none.
+
+        Raises:
+            CollapseError: One is wanted, and the model cannot have it.
+        """
+        check_size_embed(wanted, self.why_no_size_embed(self))
+        if wanted and getattr(self, "size_embed", None) is not None:
+            return
+        like = next(self.parameters())
+        zeros = torch.zeros(2, self.embed_dim, device=like.device, dtype=like.dtype) if wanted else None
+        self.register_parameter("size_embed", None if zeros is None else nn.Parameter(zeros))
+        self.record(size_embed=wanted)
+
     def why_no_remainder(self) -> str:
         """Why no token can stand for the dropped patches; empty where one can. Of a plain model, too."""
         stem = hasattr(getattr(self, "patch_embed", None), "backbone")
@@ -101,6 +121,11 @@ class Collapsed(HoldsOrderer):
     @classmethod
     def why_no_area_bias(cls, model: nn.Module) -> str:
         """Why no token of a model, plain or collapsed, can count for its area; empty where it can."""
+        return cls.why_no_remainder(model)
+
+    @classmethod
+    def why_no_size_embed(cls, model: nn.Module) -> str:
+        """Why a model, plain or collapsed, cannot have a size embedding; empty where it can."""
         return cls.why_no_remainder(model)
 
     # -- selection ---------------------------------------------------------------------------------------------------
@@ -186,9 +211,11 @@ class Collapsed(HoldsOrderer):
         else:
             order = order.to(images.device)
         selection = plan.select(order, images, self._embed_patches, partial(self._patch_positions, grid))
-        if self.area_bias == 0 or selection.areas is None:
+        if selection.areas is None:
             return selection
-        return selection.biased(self.area_bias, self.num_prefix_tokens)
+        if self.size_embed is not None:
+            selection = selection.sized(self.size_embed)
+        return selection.biased(self.area_bias, self.num_prefix_tokens) if self.area_bias else selection
 
     def plan(self, budget: int, grid: tuple[int, int]) -> Plan:
         """What the tokens of a budget are, on a grid of patches (h, w)."""
@@ -238,6 +265,14 @@ def check_area_bias(area_bias: float, why_none: str) -> float:
     if area_bias > 0 and why_none:
         raise CollapseError(f"area_bias must be 0, got {area_bias!r}: {why_none}")
     return float(area_bias)
+
+
+def check_size_embed(size_embed: bool | None, why_none: str) -> None:
+    """Raises CollapseError unless it is None or a bool, and not True where there is a reason that none is possible."""
+    if not isinstance(size_embed, bool | None):
+        raise CollapseError(f"size_embed must be True, False or None, got {size_embed!r}")
+    if size_embed and why_none:
+        raise CollapseError(f"size_embed must be False, got True: {why_none}")
 
 
 def check_order(order: Order, batch: int, grid: tuple[int, int]) -> None:

@@ -23,7 +23,7 @@ from ..models.normalisation import Normalisation
 from ..models.orderer import CollapseOrder
 from ..order import CollapseError, check_keep
 from ..order.errors import describe
-from .base import Collapsed, check_area_bias, check_remainder, check_share, default_remainder
+from .base import Collapsed, check_area_bias, check_remainder, check_share, check_size_embed, default_remainder
 from .classes import become, collapsed_class, overrides
 from .hf_families import find_hf_adapter, hf_cfg, is_hf
 from .timm import CollapsedEva, CollapsedVit
@@ -64,6 +64,7 @@ def collapse(
     std: Sequence[float] | None = None,
     positions: str = "keep",
     area_bias: float | None = None,
+    size_embed: bool | None = None,
 ) -> nn.Module:
     """Make a vision transformer see only the first patches of a collapse order, in place.
 
@@ -90,6 +91,8 @@ def collapse(
         positions: Of the text of a vision-language model: "keep" or "close", see `CollapsedVlm`.
         area_bias: How much a token counts for the number of patches it stands for, at least 0, see `Collapsed`. None: 0
             where a `remainder` is given.
+        size_embed: Whether the model has a size embedding to learn, see `Collapsed`; with a new one, which is zero, its
+            output is what it was. None: where it has one already. timm's models only.
 
     Returns:
         The same object.
@@ -109,6 +112,7 @@ def collapse(
         if remainder not in (None, "none"):
             raise CollapseError(f"remainder must be none for a vision-language model, got {remainder!r}")
         check_area_bias(area_bias or 0.0, "a vision-language model has no tokens that stand for several patches")
+        check_size_embed(size_embed, "a vision-language model has no tokens that stand for several patches")
         return collapse_vlm(model, orderer, keep, positions, mean, std)
     if positions != "keep":
         raise CollapseError(f"positions must be 'keep' for other than a vision-language model, got {positions!r}")
@@ -127,8 +131,9 @@ def collapse(
     check_remainder(remainder, reasons[0])
     check_share(coarse_share)
     check_area_bias(area_bias, reasons[1])
+    check_size_embed(size_embed, cls.why_no_size_embed(model))
     become(model, cls)
-    model.set_up(orderer, keep, remainder, coarse_share, area_bias, normalisation)
+    model.set_up(orderer, keep, remainder, coarse_share, area_bias, normalisation, size_embed)
     cfg = {} if is_hf(model) else getattr(model, "pretrained_cfg", None) or {}
     if "architecture" in cfg and "orderer" not in getattr(model, "_model_args", {}):  # of timm, not yet a `cvit`
         own = {"architecture": "cvit", "mean": normalisation.mean, "std": normalisation.std}
@@ -137,8 +142,9 @@ def collapse(
     if "orderer" in getattr(model, "_model_args", {}):  # a `cvit`: what save_for_hf writes
         reference = given if isinstance(given, str) else orderer.baseline_name or f"./{ORDERER_FOLDER}"
         update_model_args(
-            model, orderer=reference, remainder=remainder, coarse_share=coarse_share, area_bias=model.area_bias
-        )
+            model, orderer=reference, remainder=remainder, coarse_share=coarse_share, area_bias=model.area_bias,
+            size_embed=model.size_embed is not None,
+        )  # fmt: skip
     return model
 
 

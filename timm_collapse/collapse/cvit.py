@@ -22,7 +22,7 @@ from timm.models._features import FeatureGetterNet
 from timm.models._input import update_model_args
 from torch import nn
 
-from ..hub.download import find_orderer, local_weights
+from ..hub.download import find_orderer, local_weights, without_weight
 from ..hub.files import ORDERER_FOLDER
 from ..models.orderer import CollapseOrder
 from ..models.registry import pixel_cfg, register, take_pretrained_cfg
@@ -84,6 +84,7 @@ def _cvit(
     remainder: str | None = None,
     coarse_share: float = 0.5,
     area_bias: float | None = None,
+    size_embed: bool | None = None,
     **shape: Any,
 ) -> nn.Module:
     """Build the base architecture (weights included, where asked for) and collapse it.
@@ -93,17 +94,20 @@ def _cvit(
         pretrained: Load weights.
         kwargs: The caller's arguments: those of `collapse` and of the base architecture.
         base: The timm architecture; empty takes that of BASES.
-        orderer, keep, remainder, coarse_share, area_bias: Defaults of `collapse`'s arguments.
+        orderer, keep, remainder, coarse_share, area_bias, size_embed: Defaults of `collapse`'s arguments.
         cells_orderer: Default of the orderer where the order decides on cells.
         shape: Defaults of the base's arguments.
     """
     options = {"orderer": None, "keep": keep, "remainder": remainder}
-    options |= {"coarse_share": coarse_share, "area_bias": area_bias}
+    options |= {"coarse_share": coarse_share, "area_bias": area_bias, "size_embed": size_embed}
     options = {key: kwargs.pop(key, value) for key, value in options.items()}
     if options["orderer"] is None:
         options["orderer"] = default_orderer(options["remainder"], orderer, cells_orderer)
     cfg = take_pretrained_cfg(name, kwargs)
-    source = local_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else cfg
+    source, learned = local_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else cfg, None
+    if pretrained:
+        source, learned = without_weight(source, "size_embed")
+        options["size_embed"] = options["size_embed"] or learned is not None
     reference = options["orderer"]
     options["orderer"] = orderer_from(reference, cfg, kwargs.get("cache_dir"))
     model = model_entrypoint(base or BASES[name])(pretrained, pretrained_cfg=source, **{**shape, **kwargs})
@@ -112,6 +116,8 @@ def _cvit(
     # save_for_hf writes these; `collapse` and `keep` keep them up to date
     vit._model_args = options | {"orderer": reference}
     collapse(vit, **options)
+    if learned is not None:
+        vit.size_embed.data.copy_(learned)
     if isinstance(reference, str):
         update_model_args(vit, orderer=reference)
     return model

@@ -124,6 +124,10 @@ class CollapsedHf(Collapsed):
         known = layers and all("attention_mask" in inspect.signature(layer.forward).parameters for layer in layers)
         return "" if known else "this version of transformers gives its layers no attention mask"
 
+    @classmethod
+    def why_no_size_embed(cls, model: nn.Module) -> str:
+        return "save_pretrained writes the plain model, without it"
+
     @property
     def num_prefix_tokens(self) -> int:
         return self._embeddings().num_prefix_tokens

@@ -48,6 +48,11 @@ class Selection(NamedTuple):
         """(B, prefix + k, D) -> (B, prefix + k + r, D)."""
         return x if self.extra is None else torch.cat([x, self.extra.to(x.dtype)], 1)
 
+    def sized(self, size_embed: Tensor) -> Selection:
+        """The same with a size embedding (2, D) added to the extra tokens, see `Collapsed`; there are `areas`."""
+        base, slope = size_embed.to(self.extra.dtype)
+        return self._replace(extra=self.extra + base + self.areas.log().unsqueeze(2).to(self.extra.dtype) * slope)
+
     def biased(self, area_bias: float, num_prefix_tokens: int) -> Selection:
         """The same with a bias on attention, see `Collapsed.area_bias`; there are `areas`."""
         bias = area_key_bias(self.areas, area_bias, num_prefix_tokens + self.kept.shape[1])

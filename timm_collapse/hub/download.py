@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.models import PretrainedCfg
+from torch import Tensor
 
 from ..order import CollapseError
 from .files import CONFIG_FILE, ORDERER_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
@@ -125,6 +127,20 @@ def local_weights(architecture: str, cfg: PretrainedCfg, cache_dir: str | Path |
         return cfg
     file = download(repo, str(Path(cfg.hf_hub_filename or WEIGHTS_FILE).with_suffix(".safetensors")), cache_dir)
     return replace(cfg, file=str(file), source="", custom_load=False)
+
+
+def without_weight(cfg: PretrainedCfg, name: str) -> tuple[PretrainedCfg, Tensor | None]:
+    """A pretrained configuration on disk without one of its tensors, and that tensor; None where it has none."""
+    file = Path(cfg.file) if cfg.file and Path(cfg.file).is_file() else find_beside(cfg, WEIGHTS_FILE)
+    if file is None or file.suffix != ".safetensors":
+        return cfg, None
+    with loading(f"pretrained: {str(file)!r}"):
+        with safe_open(file, "pt") as tensors:
+            if name not in tensors.keys():
+                return cfg, None
+        state = load_file(file)
+    tensor = state.pop(name)
+    return replace(cfg, state_dict=state, file=None, source=""), tensor
 
 
 def find_beside(cfg: PretrainedCfg, filename: str, cache_dir: str | Path | None = None) -> Path | None:
