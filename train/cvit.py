@@ -180,7 +180,8 @@ def main() -> None:
         dataset, transform = OrderedImages(dataset, table, plain), None
     mixup = Mixup(args.mixup, label_smoothing=SMOOTHING, num_classes=num_classes) if args.mixup else None
 
-    run = start_run(args, cvit, dataset, transform, images=images_in_all, param_groups=groups)
+    more = {"find_unused": cvit.size_embed is not None}  # it is, where all patches are kept
+    run = start_run(args, cvit, dataset, transform, images=images_in_all, param_groups=groups, **more)
     for images, labels, *ranks in run:
         b = len(images)
         if mixup:
@@ -250,7 +251,13 @@ def freeze_first(vit: nn.Module, blocks: int) -> None:
 def check_budgets(args: Args, cvit: Collapsed, grid: tuple[int, int]) -> None:
     """Raises CollapseError where the model has no tokens for a budget, before the training meets it."""
     keeps = [parse_keep(args.keep), *(args.budget(percent / 100) for percent in range(100)), args.budget(1 - 1e-9)]
-    smallest = min(resolve_keep(keep, grid[0] * grid[1]) for keep in keeps)
+    counts = [resolve_keep(keep, grid[0] * grid[1]) for keep in keeps]
+    if args.tune == "sizes" and max(counts[1:]) == grid[0] * grid[1]:
+        raise CollapseError(
+            f"keep_schedule: must be of less than all {max(counts)} patches with --tune sizes, such as 32,64, got "
+            f"{args.keep_schedule!r}"
+        )
+    smallest = min(counts)
     for share in reversed(args.coarse_share):  # the first ones stay
         cvit.coarse_share = share
         for remainder in reversed(args.remainder):

@@ -201,6 +201,7 @@ def test_budgets_that_have_no_tokens_are_refused_before_the_training():
         ({"remainder": ["mixed"], "keep_schedule": "full", "keep": "0.22"}, "to 49 cells, and keep is 43 tokens"),
         ({"keep_schedule": "16,500"}, r"keep must be .*\[2, 196\].*got int 500"),
         ({"remainder": ["coarse"], "coarse_share": [0.5, 2.0]}, r"coarse_share must be in \(0, 1\], got 2.0"),
+        ({"remainder": ["split"], "tune": "sizes"}, "keep_schedule: must be of less than all 196 patches.*'cosine'"),
     ):
         with pytest.raises(CollapseError, match=message):
             script.check_budgets(script.Args(**values), model, (14, 14))
