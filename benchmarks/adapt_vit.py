@@ -44,8 +44,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--variants", nargs="+", default=["downscaled:2", "collapse:2", "random:2", "bayer:2", "none:1"],
         help="NAME:SEEDS; downscaled, biased (downscaled, with the area bias), zoom, mild_zoom, split, none, whole "
-        "(trained on all patches), collapse (--rest), sized (that, with a size embedding), sizes, zoom_sizes and "
-        "downscaled_sizes (only a size embedding is trained, without labels), or a baseline or orderer for its order",
+        "(trained on all patches), collapse (--rest), sized (that, with a size embedding), sizes, zoom_sizes, "
+        "random_sizes and downscaled_sizes (only a size embedding is trained, without labels), or a baseline or orderer for its order",
     )  # fmt: skip
     parser.add_argument(
         "--seen-as", nargs="*", default=[], help="variants: what the first seed of each makes of their tokens, too"
@@ -73,6 +73,7 @@ def variant_arguments(name: str, rest: str) -> str:
         "sizes": f"{rest} --tune sizes",
         "downscaled_sizes": "--remainder coarse --coarse_share 1 --area_bias 0.5 --tune sizes",
         "zoom_sizes": "--remainder zoom --area_bias 0.5 --tune sizes",
+        "random_sizes": f"--orderer random {rest} --tune sizes",
         "sized": f"{rest} --size_embed true",
         "none": "--remainder none",
         "whole": f"--keep_schedule full {rest}",

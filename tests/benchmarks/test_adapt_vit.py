@@ -51,7 +51,7 @@ def test_the_start_is_a_saved_classifier_of_the_first_blocks(bench, monkeypatch)
 
 
 VARIANTS = ["downscaled", "biased", "zoom", "mild_zoom", "split", "collapse", "none", "whole", "random", "bayer"]
-VARIANTS += ["sizes", "downscaled_sizes", "zoom_sizes", "sized"]
+VARIANTS += ["sizes", "downscaled_sizes", "zoom_sizes", "random_sizes", "sized"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
