@@ -45,7 +45,8 @@ def parse() -> argparse.Namespace:
         "--variants", nargs="+", default=["downscaled:2", "collapse:2", "random:2", "bayer:2", "none:1"],
         help="NAME:SEEDS; downscaled, biased (downscaled, with the area bias), zoom, mild_zoom, split, none, whole "
         "(trained on all patches), collapse (--rest), sized (that, with a size embedding), sizes, zoom_sizes, "
-        "random_sizes and downscaled_sizes (only a size embedding is trained, without labels), or a baseline or orderer for its order",
+        "random_sizes and downscaled_sizes (only a size embedding is trained, without labels), or a baseline or "
+        "orderer for its order",
     )  # fmt: skip
     parser.add_argument(
         "--seen-as", nargs="*", default=[], help="variants: what the first seed of each makes of their tokens, too"
