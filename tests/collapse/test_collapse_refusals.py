@@ -108,7 +108,7 @@ def test_wrong_arguments_name_what_was_given():
         (lambda: collapse(vit(), "bayer", positions="close"), "positions must be 'keep' for other than"),
         (
             lambda: collapse(vit(), "bayer", remainder="mean"),
-            "remainder must be one of none, fused, coarse, mixed, split, got 'mean'",
+            "remainder must be one of none, fused, coarse, mixed, split, zoom, got 'mean'",
         ),
         (lambda: setattr(model, "remainder", "mean"), "remainder"),
         (lambda: collapse(vit(), "bayer", coarse_share=0), "coarse_share"),
