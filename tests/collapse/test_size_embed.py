@@ -111,14 +111,11 @@ def test_copies_and_pickles_have_their_own():
 
 
 @torch.no_grad()
-def test_it_compiles_and_exports():
+def test_it_is_exported():
     model = sized(remainder="split", area_bias=0.5)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(IMAGES), model(IMAGES), atol=1e-5)
     exported = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
     more = IMAGES.repeat(2, 1, 1, 1)
     assert torch.allclose(exported(more), model(more), atol=1e-5)
-    torch._dynamo.reset()
 
 
 def test_what_cannot_have_one_says_why():

@@ -101,7 +101,7 @@ def test_ranker_learns_from_its_features_and_orders_another_training(trained, tm
 def test_only_the_sizes_learn_without_labels(trained, tmp_path):
     folder = trained[0]
     said = train("cvit.py", tmp_path / "sizes", "--model", f"local-dir:{folder}", "--pretrained", "true",
-                 "--tune", "sizes", "--remainder", "split", "--keep", "6", "--keep_schedule", "6,9", "--steps", "40",
+                 "--tune", "sizes", "--remainder", "split", "--keep", "6", "--keep_schedule", "6,9", "--steps", "30",
                  "--lr", "1e-3", "--batch_size", "32", "--orderer", "bayer", "--val_split", "")  # fmt: skip
     assert "Traceback" not in said
     before, after = (load_file(at / "model.safetensors") for at in (folder, tmp_path / "sizes"))
@@ -109,12 +109,6 @@ def test_only_the_sizes_learn_without_labels(trained, tmp_path):
     assert all(torch.equal(after[name], value) for name, value in before.items())
     log = [json.loads(line) for line in (tmp_path / "sizes" / "log.jsonl").read_text().splitlines()]
     assert "loss" not in log[0] and log[-1]["divergence"] < log[0]["divergence"]
-    # a training of all weights goes on from there
-    train_cvit(tmp_path / "all", "--init", str(tmp_path / "sizes"), "--remainder", "split", "--keep", "9",
-               "--keep_schedule", "fixed", "--steps", "2", "--batch_size", "8", "--val_split", "")  # fmt: skip
-    both = load_file(tmp_path / "all" / "model.safetensors")
-    assert not torch.equal(both["size_embed"], after["size_embed"])
-    assert torch.allclose(both["size_embed"], after["size_embed"], atol=0.2)
 
 
 @pytest.mark.slow
