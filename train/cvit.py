@@ -159,10 +159,10 @@ def main() -> None:
     freeze_first(cvit, args.freeze)
     if not by_labels:
         cvit.requires_grad_(False)
-    if cvit.size_embed is not None:
+    if sized := cvit.size_embed is not None:
         cvit.size_embed.requires_grad_(False)  # a group of its own
     groups = param_groups_layer_decay(cvit, args.weight_decay, cvit.no_weight_decay(), layer_decay=args.layer_decay)
-    if cvit.size_embed is not None:
+    if sized:
         groups.append({"params": [cvit.size_embed.requires_grad_()], "weight_decay": 0.0, "lr_scale": SIZE_LR})
 
     # the images; with a table of orders, (image, label, ranks)
@@ -180,8 +180,8 @@ def main() -> None:
         dataset, transform = OrderedImages(dataset, table, plain), None
     mixup = Mixup(args.mixup, label_smoothing=SMOOTHING, num_classes=num_classes) if args.mixup else None
 
-    more = {"find_unused": cvit.size_embed is not None}  # it is, where all patches are kept
-    run = start_run(args, cvit, dataset, transform, images=images_in_all, param_groups=groups, **more)
+    # where all patches are kept, the size embedding has no part in the output
+    run = start_run(args, cvit, dataset, transform, images_in_all, param_groups=groups, find_unused=sized)
     for images, labels, *ranks in run:
         b = len(images)
         if mixup:

@@ -98,6 +98,8 @@ def test_weights_with_one_start_any_model_of_the_architecture(tmp_path):
     started = timm.create_model("cvit_tiny_patch16", **shape, orderer="bayer", **source)
     assert torch.equal(started.size_embed, model.size_embed)
     assert torch.equal(started.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    refused = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, size_embed=False)
+    assert refused.size_embed is None and torch.equal(refused.pos_embed, model.pos_embed)
     without = timm.create_model("cvit_tiny_patch16", **TINY, orderer="bayer")
     assert without.size_embed is None and not without._model_args["size_embed"]
 

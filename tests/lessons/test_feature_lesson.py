@@ -197,6 +197,7 @@ def test_one_set_is_refused():
         FeatureLesson(OnePatchMatters(), num_sets=1)
 
 
-def test_mixed_is_refused():
-    with pytest.raises(CollapseError, match="none, fused, coarse and split, got none, mixed"):
-        FeatureLesson(OnePatchMatters(), remainders=("none", "mixed"))
+@pytest.mark.parametrize("remainder", ["mixed", "zoom"])
+def test_cells_of_many_sizes_are_refused(remainder):
+    with pytest.raises(CollapseError, match=f"none, fused, coarse and split, got none, {remainder}"):
+        FeatureLesson(OnePatchMatters(), remainders=("none", remainder))

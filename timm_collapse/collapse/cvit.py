@@ -107,7 +107,8 @@ def _cvit(
     source, learned = local_weights(name, cfg, kwargs.get("cache_dir")) if pretrained else cfg, None
     if pretrained:
         source, learned = without_weight(source, "size_embed")
-        options["size_embed"] = options["size_embed"] or learned is not None
+        if options["size_embed"] is None:
+            options["size_embed"] = learned is not None
     reference = options["orderer"]
     options["orderer"] = orderer_from(reference, cfg, kwargs.get("cache_dir"))
     model = model_entrypoint(base or BASES[name])(pretrained, pretrained_cfg=source, **{**shape, **kwargs})
@@ -116,7 +117,7 @@ def _cvit(
     # save_for_hf writes these; `collapse` and `keep` keep them up to date
     vit._model_args = options | {"orderer": reference}
     collapse(vit, **options)
-    if learned is not None:
+    if learned is not None and vit.size_embed is not None:
         vit.size_embed.data.copy_(learned)
     if isinstance(reference, str):
         update_model_args(vit, orderer=reference)

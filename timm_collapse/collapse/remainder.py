@@ -211,13 +211,15 @@ class Zoom(Plan):
             shares = tuple(map(interval_shares, edges, self.grid))
             tokens = tokens + weighted_axes(added.float(), self.grid, shares).to(tokens.dtype)
         rows, columns = (edge.diff() for edge in edges)
-        return Selection(
-            torch.empty(images.shape[0], 0, dtype=torch.long, device=images.device),
-            self.grid,
-            tokens,
-            places=pairs_of(*map(places_of_intervals, edges), self.grid[1]),
-            cover=lambda: pairs_of(*map(interval_of_parts, edges, self.grid), w),
-            areas=(rows.unsqueeze(2) * columns.unsqueeze(1)).flatten(1),
+        return (
+            super()
+            .select(None, images, embed, positions)
+            ._replace(
+                extra=tokens,
+                places=pairs_of(*map(places_of_intervals, edges), self.grid[1]),
+                cover=lambda: pairs_of(*map(interval_of_parts, edges, self.grid), w),
+                areas=(rows.unsqueeze(2) * columns.unsqueeze(1)).flatten(1),
+            )
         )
 
 
